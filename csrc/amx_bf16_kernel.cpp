@@ -1,0 +1,102 @@
+#if defined(__x86_64__)
+#include "target.h"
+U2A_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,amx-tile,amx-bf16")
+#define U2A_VECTOR_BYTES 64
+#include "bf16_pack.h"
+#include "kernel_set.h"
+
+namespace u2a {
+namespace {
+
+// The tile registers' shapes (Intel Architecture SDM vol. 1, 18.3): all eight hold 16 rows of 64 bytes.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// GCC does not tell its optimizer that tile loads read memory.
+inline void memory_fence() { asm volatile("" ::: "memory"); }
+
+// 2 x 2 sums of 16 x 16 from two tiles of A and two of B: each loaded tile is used twice.
+// A panel: per 32 depths two tiles of 16 rows x 16 pairs. B panel: per 32 depths two tiles of 16 pairs x 16 columns.
+struct TileEngine {
+  using Accumulate = float;
+  using Intermediate = BFloat16;
+  using Packed = uint32_t;
+  static constexpr int MR = 32, NR = 32, W = 16, kTile = 16 * 16;
+  struct Scope {
+    Scope() {
+      const TileConfig config;
+      memory_fence();
+      _tile_loadconfig(&config);
+    }
+    ~Scope() { _tile_release(); }
+  };
+
+  static int64_t a_panel_size(int64_t k) { return ceil_div(k, 2 * W) * 2 * kTile; }
+  static int64_t b_panel_size(int64_t k) { return a_panel_size(k); }
+
+  static void pack_a(View<BFloat16> source, int64_t count, int64_t k, Packed* panel) {
+    int64_t k0 = 0;
+    if (source.depth == 1 && count >= MR) {
+      // Row after row, not square after square: the hardware prefetches what is read in order.
+      k0 = k / (2 * W) * (2 * W);
+      for (int64_t i = 0; i < MR; ++i)
+        for (int64_t j = 0; j < k0; j += 2 * W)
+          std::memcpy(panel + (j / W + i / W) * kTile + i % W * W, source.data + i * source.row + j, 64);
+    }
+    for (; k0 < k; k0 += 2 * W) {
+      for (int64_t half = 0; half < 2; ++half) {
+        PairSquare square;
+        if (!square.load(source.from_row(half * W), count - half * W, k0, k)) transpose(square.lanes);
+        for (int i = 0; i < W; ++i) store(panel + (k0 / W + half) * kTile + i * W, square.lanes[i]);
+      }
+    }
+  }
+  static void pack_b(View<BFloat16> source, int64_t count, int64_t k, Packed* panel) {
+    for (int64_t half = 0; half < 2; ++half) {
+      for_pair_depths(source.from_row(half * W), count - half * W, k, [&](int64_t q, VecU pairs) {
+        store(panel + (q / W * 2 + half) * kTile + q % W * W, pairs);
+      });
+    }
+  }
+
+  static void multiply(const Packed* a, const Packed* b, int64_t k, float* c, int64_t ldc, bool add) {
+    const int64_t row_bytes = ldc * sizeof(float);
+    memory_fence();
+    if (add) {
+      _tile_loadd(0, c, row_bytes);
+      _tile_loadd(1, c + W, row_bytes);
+      _tile_loadd(2, c + W * ldc, row_bytes);
+      _tile_loadd(3, c + W * ldc + W, row_bytes);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int64_t step = 0; step < ceil_div(k, 2 * W); ++step, a += 2 * kTile, b += 2 * kTile) {
+      _tile_loadd(4, a, 64);
+      _tile_loadd(6, b, 64);
+      _tile_loadd(7, b + kTile, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, a + kTile, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, row_bytes);
+    _tile_stored(1, c + W, row_bytes);
+    _tile_stored(2, c + W * ldc, row_bytes);
+    _tile_stored(3, c + W * ldc + W, row_bytes);
+    memory_fence();
+  }
+};
+
+}  // namespace
+
+const Kernels kAmxBf16 = kernel_set<Bf16Set<TileEngine>>("AMX BF16");
+}  // namespace u2a
+U2A_TARGET_END
+#endif

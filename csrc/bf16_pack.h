@@ -1,0 +1,70 @@
+// Packing of bfloat16 for the instructions that multiply pairs of neighbors along k.
+//
+// A pair is one 32-bit lane, so that the pair panels of AVX-512 BF16 are float panels of half the depth: pair (r, q) of
+// a panel of width P lies at q * P + r. The tile registers of AMX take the same for B (P = 16) and rows of 16 pairs for A.
+#pragma once
+
+#include "engine.h"
+
+namespace u2a {
+namespace {
+
+// pairs[q][i]: elements (i, 2 q) and (i, 2 q + 1) of rows i < count at depths from k0 on; zeros outside count and k.
+struct PairSquare {
+  static constexpr int W = kLanes<float>;
+  VecU lanes[W];
+
+  // Loads; true if lanes[i] holds row i's pairs, false if lanes[q] holds depth q's.
+  bool load(View<BFloat16> source, int64_t count, int64_t k0, int64_t k) {
+    const bool whole = k0 + 2 * W <= k;
+    if (source.depth == 1 && whole) {
+      if (count >= W) {
+        for (int i = 0; i < W; ++i) lanes[i] = load_pairs(source.data + i * source.row + k0);
+      } else {
+        for (int i = 0; i < W; ++i) lanes[i] = i < count ? load_pairs(source.data + i * source.row + k0) : VecU{};
+      }
+      return true;
+    }
+    if (source.row == 1 && whole && count >= W) {
+      for (int q = 0; q < W; ++q) {
+        const BFloat16* p = source.data + (k0 + 2 * q) * source.depth;
+        lanes[q] = widened(p) | (widened(p + source.depth) << 16);
+      }
+      return false;
+    }
+    for (int i = 0; i < W; ++i) {
+      for (int q = 0; q < W; ++q) {
+        lanes[i][q] = at(source, count, i, k0 + 2 * q, k) | (at(source, count, i, k0 + 2 * q + 1, k) << 16);
+      }
+    }
+    return true;
+  }
+
+ private:
+  static VecU load_pairs(const BFloat16* p) {
+    VecU x;
+    std::memcpy(&x, p, sizeof(x));
+    return x;
+  }
+  static VecU widened(const BFloat16* p) {
+    HalfVecU16 x;
+    std::memcpy(&x, p, sizeof(x));
+    return __builtin_convertvector(x, VecU);
+  }
+  static uint32_t at(View<BFloat16> source, int64_t count, int64_t i, int64_t j, int64_t k) {
+    return i < count && j < k ? source.data[i * source.row + j * source.depth].bits : 0u;
+  }
+};
+
+// Packs rows of pairs: store(q, lanes) receives, for each pair of depths q in order, the pairs of the square's rows.
+template <class Store>
+void for_pair_depths(View<BFloat16> source, int64_t count, int64_t k, const Store& store_lanes) {
+  for (int64_t k0 = 0; k0 < k; k0 += 2 * PairSquare::W) {
+    PairSquare square;
+    if (square.load(source, count, k0, k)) transpose(square.lanes);
+    for (int q = 0; q < PairSquare::W; ++q) store_lanes(k0 / 2 + q, square.lanes[q]);
+  }
+}
+
+}  // namespace
+}  // namespace u2a

@@ -1,0 +1,105 @@
+// The CPU kernels as plain functions on pointers: no torch, no Python. Letters are those of u2a_fast/reference.py:
+// N packed tokens, B examples, K directions, I input and O output features, D hidden features, V vocabulary.
+// Every matrix has contiguous rows; `stride` is the distance between rows in elements.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace u2a {
+
+enum class DType { kFloat32, kBFloat16, kFloat16, kFloat64 };
+
+// Runs body(context, begin, end) over a partition of [0, count). Kernels give the same bits for every partition.
+struct Parallel {
+  using Body = void (*)(void* context, int64_t begin, int64_t end);
+  void (*run)(int64_t count, void* context, Body body);
+  int threads;
+};
+
+struct Matrix {
+  const void* data;
+  int64_t stride;
+};
+
+struct GhostDot {
+  DType dtype;
+  Matrix a, g;                // N x I, N x O
+  const int32_t* cu_seqlens;  // B + 1
+  Matrix v;                   // K x O rows of I
+  int64_t n, b, k, i, o;
+  void* out;  // K x B
+};
+
+struct GhostNorm {
+  DType dtype;
+  Matrix a, g;                // N x I, N x O
+  const int32_t* cu_seqlens;  // B + 1
+  int64_t n, b, i, o;
+  void* out;  // B
+};
+
+// A linear head: logits c(h W^T + bias) with c(z) = softcap tanh(z / softcap), or c(z) = z where softcap is 0.
+struct Head {
+  DType dtype;
+  Matrix h, weight;       // N x D, V x D
+  const int64_t* target;  // N
+  const void* bias;       // V, or null
+  double softcap;
+  int64_t n, d, v;
+};
+
+struct LinearLogprob {
+  Head head;
+  Matrix dh, dweight;  // K x N rows of D, K x V rows of D; data null for zero
+  const void* dbias;   // K x V, or null
+  int64_t k;           // 0 for the forward pass alone
+  void *logp, *lse;    // N
+  void* jvp;           // K x N
+};
+
+struct LinearLogprobBackward {
+  Head head;
+  const void *grad_logp, *grad_lse, *lse;  // N, in the accumulation dtype
+  void* grad_h;                            // N x D in the inputs' dtype, or null
+  void *grad_weight, *grad_bias;           // V x D and V in the accumulation dtype, or both null
+};
+
+// One set of kernels for one instruction set.
+struct Kernels {
+  const char* name;
+  void (*ghost_dot)(const GhostDot&, const Parallel&);
+  void (*ghost_norm)(const GhostNorm&, const Parallel&);
+  void (*linear_logprob)(const LinearLogprob&, const Parallel&);
+  void (*linear_logprob_backward)(const LinearLogprobBackward&, const Parallel&);
+};
+
+extern const Kernels kPortable;  // any CPU, all dtypes
+#if defined(__x86_64__)
+extern const Kernels kAvx2;        // AVX2 and FMA, all dtypes
+extern const Kernels kAvx512;      // AVX-512 F, BW, DQ and VL, all dtypes
+extern const Kernels kAvx512Bf16;  // AVX-512 BF16, bfloat16 only
+extern const Kernels kAmxBf16;     // AMX BF16, bfloat16 only
+#endif
+
+// The fastest set that this CPU runs for `dtype`.
+const Kernels& kernels_for(DType dtype);
+
+// Uninitialized memory aligned to a cache line, kept by its thread for the next buffer when it is released.
+class Buffer {
+ public:
+  explicit Buffer(size_t bytes);
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_;
+  size_t bytes_;
+};
+
+}  // namespace u2a

@@ -1,0 +1,240 @@
+// Vectors of U2A_VECTOR_BYTES bytes, and the elementwise functions that the kernels need.
+//
+// Each instruction set's file includes this and the op headers after it has switched the compiler's target. Everything
+// sits in an unnamed namespace, and no standard container or algorithm is used: a function with external linkage,
+// compiled for AVX-512 here and for the baseline there, would be merged into one by the linker.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace u2a {
+namespace {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// Type in which T's values are summed.
+template <class T>
+struct AccumulateIn {
+  using type = float;
+};
+template <>
+struct AccumulateIn<double> {
+  using type = double;
+};
+
+template <class S, int W>
+struct VectorOf {
+  typedef S type __attribute__((vector_size(W * sizeof(S))));
+};
+
+template <class S>
+constexpr int kLanes = U2A_VECTOR_BYTES / sizeof(S);
+
+template <class S>
+using Vec = typename VectorOf<S, kLanes<S>>::type;
+
+using VecF = Vec<float>;
+using VecI = Vec<int32_t>;
+using VecU = Vec<uint32_t>;
+using HalfVecU16 = VectorOf<uint16_t, kLanes<float>>::type;
+
+template <int... J>
+struct Indices {};
+template <int Count, int... J>
+struct IndicesUpTo : IndicesUpTo<Count - 1, Count - 1, J...> {};
+template <int... J>
+struct IndicesUpTo<0, J...> {
+  using type = Indices<J...>;
+};
+template <int Count>
+using MakeIndices = typename IndicesUpTo<Count>::type;
+
+template <class A>
+inline A smaller(A x, A y) {
+  return y < x ? y : x;
+}
+template <class A>
+inline A larger(A x, A y) {
+  return x < y ? y : x;
+}
+inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+inline int64_t round_up(int64_t x, int64_t y) { return ceil_div(x, y) * y; }
+
+template <class To, class From>
+inline To bits_as(From x) {
+  static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
+  To y;
+  std::memcpy(&y, &x, sizeof(To));
+  return y;
+}
+
+template <class S>
+inline Vec<S> splat(S x) {
+  return x - Vec<S>{};
+}
+
+inline VecF widen(HalfVecU16 x, BFloat16) { return bits_as<VecF>(__builtin_convertvector(x, VecU) << 16); }
+
+// Shifting a half into a float's place leaves an exponent that is 112 too small, which one exact product repairs for
+// subnormals too; infinities and NaNs need the float's largest exponent.
+inline VecF widen(HalfVecU16 x, Float16) {
+  const VecU wide = __builtin_convertvector(x, VecU);
+  const VecU magnitude = (wide & 0x7fffu) << 13;
+  const VecF scaled = bits_as<VecF>(magnitude) * 0x1p112f;
+  const VecU special = magnitude | 0x7f800000u;
+  const VecU chosen = (wide & 0x7c00u) == 0x7c00u ? special : bits_as<VecU>(scaled);
+  return bits_as<VecF>(chosen | ((wide & 0x8000u) << 16));
+}
+
+// W consecutive elements in their accumulation type.
+inline VecF load(const float* p) {
+  VecF x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+inline Vec<double> load(const double* p) {
+  Vec<double> x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+template <class H>
+inline VecF load(const H* p) {
+  HalfVecU16 x;
+  std::memcpy(&x, p, sizeof(x));
+  return widen(x, H{});
+}
+
+template <class V, class S>
+inline void store(S* p, V x) {
+  std::memcpy(p, &x, sizeof(x));
+}
+
+inline float scalar(float x) { return x; }
+inline double scalar(double x) { return x; }
+template <class H>
+inline float scalar(H x) {
+  HalfVecU16 lanes{};
+  lanes[0] = x.bits;
+  return widen(lanes, H{})[0];
+}
+
+// Rounds to nearest even; a NaN stays a NaN.
+inline VecU round_to_bf16(VecF x) {
+  const VecU bits = bits_as<VecU>(x);
+  const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded;
+}
+
+inline void convert(float x, float* y) { *y = x; }
+inline void convert(double x, double* y) { *y = x; }
+inline void convert(float x, BFloat16* y) { y->bits = static_cast<uint16_t>(round_to_bf16(splat(x))[0]); }
+inline void convert(float x, Float16* y) {
+  const uint32_t bits = bits_as<uint32_t>(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude >= 0x7f800000u) {
+    half = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  } else if (magnitude >= 0x38800000u) {
+    half = smaller((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13, 0x7c00u);
+  } else {
+    // Adding 0.5 puts the rounded subnormal (a multiple of 2^-24) into the low bits of the sum.
+    half = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
+  }
+  y->bits = static_cast<uint16_t>(sign | half);
+}
+
+// Adds the upper half of the lanes to the lower until one is left.
+template <class S, int W>
+inline S fold(typename VectorOf<S, W>::type x) {
+  if constexpr (W == 1) {
+    return x[0];
+  } else {
+    typename VectorOf<S, W / 2>::type half[2];
+    std::memcpy(half, &x, sizeof(x));
+    return fold<S, W / 2>(half[0] + half[1]);
+  }
+}
+
+template <class S>
+inline S sum_lanes(Vec<S> x) {
+  return fold<S, kLanes<S>>(x);
+}
+
+template <class S>
+inline S max_lanes(Vec<S> x) {
+  S best = x[0];
+  for (int j = 1; j < kLanes<S>; ++j) best = larger(best, S(x[j]));
+  return best;
+}
+
+// e^x to 1.5 units in the last place: x = n ln 2 + r, a Taylor polynomial in |r| <= ln 2 / 2, then n into the exponent.
+// Results below the smallest normal number are 0; NaN stays NaN; x is at most 88.
+inline VecF exp_lanes(VecF x) {
+  constexpr float kLowest = -87.33654f, kShift = 12582912.0f;
+  const VecI underflow = x < kLowest;
+  x = underflow ? splat(kLowest) : x;
+  const VecF shifted = x * 1.44269504f + kShift;
+  const VecF n = shifted - kShift;
+  const VecF r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  VecF p = splat(1.0f / 5040);
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * (r * r) + r + 1.0f;
+  const VecI scale = (bits_as<VecI>(shifted) - bits_as<int32_t>(kShift) + 127) << 23;
+  return underflow ? VecF{} : p * bits_as<VecF>(scale);
+}
+inline Vec<double> exp_lanes(Vec<double> x) {
+  for (int j = 0; j < kLanes<double>; ++j) x[j] = std::exp(x[j]);
+  return x;
+}
+
+// tanh through e^-2|x|, and below 0.3 (where 1 - e^-2|x| cancels) through its Taylor series, whose first dropped term
+// is 1382/155925 x^11 < eps x / 2 there.
+inline VecF tanh_lanes(VecF x) {
+  const VecF magnitude = bits_as<VecF>(bits_as<VecU>(x) & 0x7fffffffu);
+  const VecF e = exp_lanes(-2.0f * magnitude);
+  const VecF far = (1.0f - e) / (1.0f + e);
+  const VecF s = x * x;
+  VecF series = splat(62.0f / 2835);
+  series = series * s - 17.0f / 315;
+  series = series * s + 2.0f / 15;
+  series = series * s - 1.0f / 3;
+  const VecF near = x + x * (s * series);
+  const VecF signed_far = bits_as<VecF>(bits_as<VecU>(far) | (bits_as<VecU>(x) & 0x80000000u));
+  return magnitude < 0.3f ? near : signed_far;
+}
+inline Vec<double> tanh_lanes(Vec<double> x) {
+  for (int j = 0; j < kLanes<double>; ++j) x[j] = std::tanh(x[j]);
+  return x;
+}
+
+// x and y with lanes alternating, from their first (Offset 0) or second (Offset W / 2) halves.
+template <int Offset, class V, int... J>
+inline V interleave(V x, V y, Indices<J...>) {
+  return __builtin_shufflevector(x, y, ((J % 2) * int(sizeof...(J)) + J / 2 + Offset)...);
+}
+
+// Transposes a square of W x W lanes: log2 W rounds of interleaving each row with the row half a square below.
+template <class V, int W>
+inline void transpose(V (&rows)[W]) {
+  V next[W];
+  for (int span = 1; span < W; span *= 2) {
+    for (int j = 0; j < W / 2; ++j) {
+      next[2 * j] = interleave<0>(rows[j], rows[j + W / 2], MakeIndices<W>{});
+      next[2 * j + 1] = interleave<W / 2>(rows[j], rows[j + W / 2], MakeIndices<W>{});
+    }
+    for (int j = 0; j < W; ++j) rows[j] = next[j];
+  }
+}
+
+}  // namespace
+}  // namespace u2a

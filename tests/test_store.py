@@ -1,0 +1,157 @@
+"""The score store: an interrupted run resumes to the bytes of an uninterrupted one, whatever interrupted it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny_files import tiny_model, tiny_tokenizer
+
+from u2a_fast import DPO, InfluenceScorer, Scores
+from u2a_fast.data import read_negatives, read_preferences
+from u2a_fast.store import check_target, read_scores, score_to_parquet, write_atomically, write_text
+
+
+class CountingScorer:
+    """Scores that follow from the row alone; stops at row ``stop_at`` as Ctrl-C would."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.stop_at = stop_at
+        self.seen: list[str] = []
+
+    def score(self, negatives) -> Scores:
+        ids = [row["id"] for row in negatives]
+        if self.stop_at is not None and f"n{self.stop_at}" in ids:
+            raise KeyboardInterrupt
+        self.seen += ids
+        numbers = np.array([int(i[1:]) for i in ids], dtype=np.float64)
+        score = np.where(numbers % 7 == 3, np.nan, np.where(numbers % 7 == 5, -np.inf, np.sin(numbers)))
+        return Scores(np.array(ids, dtype=object), score, numbers / 2, np.array([len(i) for i in ids]))
+
+
+def rows(count: int) -> list[dict[str, str]]:
+    return [{"id": f"n{i}"} for i in range(count)]
+
+
+@pytest.mark.parametrize("stop_at", [0, 9, 10, 24])
+def test_a_resumed_run_gives_the_same_bytes(tmp_path, stop_at):
+    whole = score_to_parquet(CountingScorer(), rows(25), tmp_path / "whole", window=10)
+    with pytest.raises(KeyboardInterrupt):
+        score_to_parquet(CountingScorer(stop_at), rows(25), tmp_path / "broken", window=10)
+    assert not (tmp_path / "broken" / "scores.parquet").exists()
+    second = CountingScorer()
+    resumed = score_to_parquet(second, rows(25), tmp_path / "broken", window=10)
+    assert resumed.path.read_bytes() == whole.path.read_bytes()
+    done = stop_at // 10 * 10
+    assert resumed.resumed_rows == done
+    fresh = [i for i in second.seen if int(i[1:]) >= done]
+    assert fresh == [f"n{i}" for i in range(done, 25)], "finished windows are not scored again"
+    assert sorted(p.name for p in (tmp_path / "broken").iterdir()) == ["scores.parquet"]
+
+
+def test_nonfinite_scores_are_kept_and_counted(tmp_path):
+    summary = score_to_parquet(CountingScorer(), rows(25), tmp_path, window=4)
+    scores = read_scores(tmp_path)
+    expected = CountingScorer().score(rows(25))
+    np.testing.assert_array_equal(scores["score"], expected.score)
+    assert summary.rows == 25 and summary.nonfinite == expected.nonfinite == 7
+    assert summary.nonfinite_ids == ("n3", "n5", "n10", "n12", "n17", "n19", "n24")
+    assert pq.read_schema(summary.path).types == [pa.string(), pa.float64(), pa.float64(), pa.int64()]
+
+
+def test_progress_counts_what_an_earlier_run_did(tmp_path):
+    calls: list[tuple[int, int | None]] = []
+    with pytest.raises(KeyboardInterrupt):
+        score_to_parquet(CountingScorer(15), rows(25), tmp_path, window=10)
+    score_to_parquet(CountingScorer(), rows(25), tmp_path, window=10, on_progress=lambda *c: calls.append(c))
+    assert calls == [(10, 25), (20, 25), (25, 25)]
+    calls.clear()
+    stream = (row for row in rows(5))
+    score_to_parquet(CountingScorer(), stream, tmp_path / "stream", on_progress=lambda *c: calls.append(c))
+    assert calls == [(0, None), (5, None)]
+
+
+def test_other_settings_and_finished_scores_are_refused(tmp_path):
+    settings = {"model": {"a": "1"}, "options": {"loss": "ga"}}
+    with pytest.raises(KeyboardInterrupt):
+        score_to_parquet(CountingScorer(15), rows(25), tmp_path, window=10, fingerprint=settings)
+    other = {"model": {"a": "1"}, "options": {"loss": "npo"}}
+    with pytest.raises(FileExistsError, match=r"other settings \(options.loss: 'ga' then, 'npo' now\)"):
+        score_to_parquet(CountingScorer(), rows(25), tmp_path, window=10, fingerprint=other)
+    with pytest.raises(FileExistsError, match="window: 10 then, 11 now"):
+        check_target(tmp_path, settings, window=11)
+    score_to_parquet(CountingScorer(), rows(25), tmp_path, window=10, fingerprint=other, overwrite=True)
+    with pytest.raises(FileExistsError, match=r"scores\.parquet exists"):
+        score_to_parquet(CountingScorer(), rows(25), tmp_path, window=10, fingerprint=other)
+    scorer = CountingScorer()
+    score_to_parquet(scorer, rows(3), tmp_path, fingerprint=other, overwrite=True)
+    assert scorer.seen == ["n0", "n1", "n2"]
+
+
+def test_other_negatives_under_the_same_settings_are_refused(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        score_to_parquet(CountingScorer(15), rows(25), tmp_path, window=10)
+    with pytest.raises(FileExistsError, match="holds scores of other negatives"):
+        score_to_parquet(CountingScorer(), rows(26)[1:], tmp_path, window=10)
+
+
+def test_no_negatives_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="expected at least one negative, got none"):
+        score_to_parquet(CountingScorer(), [], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="expected a window of at least 1, got 0"):
+        score_to_parquet(CountingScorer(), rows(2), tmp_path, window=0)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    target = tmp_path / "file"
+    write_text(target, "old")
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(target, fail)
+    assert target.read_text() == "old"
+
+
+def test_read_scores_refuses_what_is_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_scores(tmp_path)
+    (tmp_path / "scores.parquet").write_text("none")
+    with pytest.raises(ValueError, match="expected a Parquet file"):
+        read_scores(tmp_path)
+    pq.write_table(pa.table({"id": ["a"]}), tmp_path / "scores.parquet")
+    with pytest.raises(ValueError, match=r"expected the columns .* got \['id'\]"):
+        read_scores(tmp_path)
+
+
+@pytest.mark.parametrize("curvature", ["identity", "fisher"])
+def test_a_real_scorer_resumes_to_the_same_bits(tmp_path, curvature):
+    """A curvature fitted to the first negatives is fitted to the same ones after a resume."""
+    tokenizer, model = tiny_tokenizer(), tiny_model()
+    negatives = read_negatives(
+        [{"id": str(i), "prompt": f"q{i}", "response": "abc"[i % 3] * (1 + i % 5)} for i in range(540)], tokenizer
+    )
+    pairs = read_preferences([{"prompt": "q", "chosen": "yes", "rejected": f"no{i}"} for i in range(4)], tokenizer)
+
+    def scorer() -> InfluenceScorer:
+        return InfluenceScorer(model, tokenizer, DPO(pairs), curvature)
+
+    whole = score_to_parquet(scorer(), negatives, tmp_path / "whole", window=270)
+
+    def stop(done: int, total: int | None) -> None:
+        assert total == 540
+        if done == 270:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score_to_parquet(scorer(), negatives, tmp_path / "broken", window=270, on_progress=stop)
+    manifest = json.loads((tmp_path / "broken" / "parts" / "manifest.json").read_text())
+    assert manifest["content"] == {"window": 270}
+    resumed = score_to_parquet(scorer(), negatives, tmp_path / "broken", window=270)
+    assert resumed.resumed_rows == 270
+    assert resumed.path.read_bytes() == whole.path.read_bytes()

@@ -1,0 +1,213 @@
+"""The Triton kernels against the float64 reference, over the case table of ``u2a_fast.testing``.
+
+The tests run on the GPU through ``torch.ops`` where there is one, and through Triton's interpreter on CPU tensors. The
+interpreter must be chosen before Triton is imported, so ``test_in_the_interpreter`` runs this file in its own process.
+"""
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from u2a_fast import reference, testing
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+OPS = tuple(reference.__all__)
+CASES = tuple(case for case in testing.CASES if case.dtype != torch.float64)
+
+Run = Callable[..., tuple[Tensor, ...]]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """``torch.empty`` returns NaN, so that an entry which no program writes is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def device() -> str:
+    if not INTERPRETED and not torch.cuda.is_available():
+        pytest.skip("no GPU; test_in_the_interpreter runs this test on the CPU")
+    return "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture
+def run(device: str) -> Run:
+    """An op by name: its launcher itself under the interpreter, ``torch.ops`` on a GPU; always a tuple."""
+
+    def call(op: str, **arguments: Any) -> tuple[Tensor, ...]:
+        launcher = getattr(importlib.import_module(f"u2a_fast.kernels.{op}"), op)
+        out = (launcher if INTERPRETED else getattr(torch.ops.u2a_fast, op))(**arguments)
+        return out if isinstance(out, tuple) else (out,)
+
+    return call
+
+
+def _case(op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> testing.Case:
+    options: dict[str, Any] = {"bias": True, "softcap": 5.0} if op.startswith("linear") else {}
+    if op.startswith("ghost"):
+        options["lengths"] = (3, 0, 20, sizes["N"] - 23)
+        sizes["B"] = 4
+    return testing.Case(op, sizes, dtype, **options)
+
+
+SMALL = {
+    "ghost_dot": _case("ghost_dot", N=40, I=20, O=36, K=2),
+    "ghost_norm": _case("ghost_norm", N=40, I=20, O=36),
+    "linear_logprob": _case("linear_logprob", N=35, D=20, V=150),
+    "linear_logprob_backward": _case("linear_logprob_backward", N=35, D=20, V=150),
+    "linear_logprob_jvp": _case("linear_logprob_jvp", N=35, D=20, V=150, K=2),
+}
+
+
+def _same_bits(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> bool:
+    return len(got) == len(want) and all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
+def test_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    # Under `python -m` the working directory comes first on the path, where a folder may shadow an installed package.
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_agrees_with_the_reference(op: str, dtype: torch.dtype, run: Run, device: str) -> None:
+    wrong = {}
+    for case in CASES:
+        if (case.op, case.dtype) == (op, dtype):
+            arguments = testing.inputs(case, device)
+            found = testing.violations(case, arguments, run(op, **arguments))
+            wrong |= {case.id: found} if found else {}
+    assert wrong == {}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_same_bits_twice(op: str, run: Run, device: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments = testing.inputs(_redtype(SMALL[op], dtype), device)
+        assert _same_bits(run(op, **arguments), run(op, **arguments))
+
+
+def _redtype(case: testing.Case, dtype: torch.dtype) -> testing.Case:
+    return testing.Case(case.op, case.sizes, dtype, case.lengths, case.bias, case.softcap, case.tangents, case.scale)
+
+
+def _strided(x: Tensor) -> Tensor:
+    """The same values in a view whose every stride is odd and whose surroundings are NaN."""
+    if not x.is_floating_point():
+        return x
+    wide = x.new_full([2 * n + 1 for n in x.shape], torch.nan)
+    view = wide[tuple(slice(1, None, 2) for _ in x.shape)]
+    view.copy_(x)
+    return view
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_views_need_no_copy_by_the_caller(op: str, run: Run, device: str) -> None:
+    arguments = testing.inputs(SMALL[op], device)
+    views = {name: _strided(x) if isinstance(x, Tensor) else x for name, x in arguments.items()}
+    assert _same_bits(run(op, **views), run(op, **arguments))
+
+
+def test_a_row_pitch_is_read_in_place(run: Run, device: str) -> None:
+    arguments = testing.inputs(_case("ghost_dot", N=40, I=32, O=48, K=2), device)
+    pitched = dict(arguments)
+    for name in ("a", "g", "v"):
+        x = arguments[name]
+        wide = x.new_full((*x.shape[:-1], x.shape[-1] + 16), torch.nan)
+        wide[..., : x.shape[-1]] = x
+        pitched[name] = wide[..., : x.shape[-1]]
+    assert _same_bits(run("ghost_dot", **pitched), run("ghost_dot", **arguments))
+
+
+def test_an_example_does_not_depend_on_its_batch(run: Run, device: str) -> None:
+    arguments = testing.inputs(SMALL["ghost_dot"], device)
+    (together,) = run("ghost_dot", **arguments)
+    bounds = arguments["cu_seqlens"].tolist()
+    for i, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        alone = {"a": arguments["a"][begin:end], "g": arguments["g"][begin:end], "v": arguments["v"]}
+        cu_seqlens = torch.tensor([0, end - begin], dtype=torch.int32, device=device)
+        assert _same_bits(run("ghost_dot", cu_seqlens=cu_seqlens, **alone), (together[:, i : i + 1],))
+
+
+@pytest.mark.parametrize("op", ["linear_logprob", "linear_logprob_jvp"])
+def test_a_token_does_not_depend_on_its_batch(op: str, run: Run, device: str) -> None:
+    arguments = testing.inputs(SMALL[op], device)
+    part = {name: x[7:19] if name in ("h", "target") else x for name, x in arguments.items()}
+    if op == "linear_logprob_jvp":
+        part["dh"] = arguments["dh"][:, 7:19]
+    together = tuple(x[..., 7:19] for x in run(op, **arguments))
+    assert _same_bits(run(op, **part), together)
+
+
+def test_more_directions_than_one_pass_holds(run: Run, device: str) -> None:
+    case = _case("linear_logprob_jvp", N=5, D=6, V=70, K=11)
+    arguments = testing.inputs(case, device)
+    assert testing.violations(case, arguments, run(case.op, **arguments)) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_backward_by_several_blocks_of_rows(
+    dtype: torch.dtype, run: Run, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backward = importlib.import_module("u2a_fast.kernels.linear_logprob_backward")
+    case = _redtype(SMALL["linear_logprob_backward"], dtype)
+    arguments = testing.inputs(case, device)
+    monkeypatch.setattr(backward, "LEAST_ROWS", 16)
+    monkeypatch.setattr(backward, "WORKSPACE", 0)
+    assert testing.violations(case, arguments, run(case.op, **arguments)) == []
+
+
+def test_a_target_outside_the_vocabulary_gives_nan(run: Run, device: str) -> None:
+    arguments = testing.inputs(SMALL["linear_logprob"], device)
+    arguments["target"][:3] = torch.tensor([-100, 150, 1000])
+    logp, lse = run("linear_logprob", **arguments)
+    assert logp[:3].isnan().all() and logp[3:].isfinite().all() and lse.isfinite().all()
+
+
+def test_a_bias_of_minus_infinity_excludes_a_word(run: Run, device: str) -> None:
+    case = _case("linear_logprob", N=6, D=8, V=150)
+    case = testing.Case(case.op, case.sizes, bias=True)
+    arguments = testing.inputs(case, device)
+    arguments["bias"][:140] = -torch.inf
+    arguments["target"][:] = torch.arange(144, 150)
+    kept = {**arguments, "weight": arguments["weight"][140:], "bias": arguments["bias"][140:]}
+    kept["target"] = arguments["target"] - 140
+    got = run("linear_logprob", **arguments)
+    bounds = testing.budget(testing.Case(case.op, {**case.sizes, "V": 10}, bias=True), kept)
+    for x, want, bound in zip(got, testing.expected(case, kept), bounds, strict=True):
+        assert ((x.cpu().double() - want).abs() <= bound).all()
+
+
+def test_a_not_finite_token_stays_in_its_example(run: Run, device: str) -> None:
+    arguments = testing.inputs(SMALL["ghost_dot"], device)
+    (clean,) = run("ghost_dot", **arguments)
+    arguments["a"][5] = torch.nan
+    (got,) = run("ghost_dot", **arguments)
+    assert got[:, 2].isnan().all()
+    assert torch.equal(got[:, [0, 1, 3]], clean[:, [0, 1, 3]])
+
+
+def test_float64_is_the_reference(run: Run, device: str) -> None:
+    case = _redtype(SMALL["ghost_norm"], torch.float64)
+    arguments = testing.inputs(case, device)
+    (got,) = run(case.op, **arguments)
+    assert got.dtype == torch.float64
+    assert torch.equal(got, reference.ghost_norm(**arguments))

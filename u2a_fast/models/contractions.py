@@ -1,0 +1,156 @@
+"""How each kind of module contracts its per-example gradients with directions, given its output's gradient."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from u2a_fast import ops
+from u2a_fast.models.decoder import segment_sum
+from u2a_fast.models.kinds import Kind
+
+__all__ = ["Contraction", "Site", "contraction"]
+
+Contraction = Callable[[Tensor, Tensor], Tensor]  # (output gradient, cu_seqlens) -> (K, B)
+
+
+@dataclass
+class Site:
+    """A module that holds parameters with a direction: name -> direction (K, *shape)."""
+
+    path: str
+    module: nn.Module
+    kind: Kind
+    directions: dict[str, Tensor]
+    token_axis: int = 1
+    cast: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
+    affine: dict[torch.dtype, "_Affine | None"] = field(default_factory=dict)
+
+    def direction(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The direction as the contraction wants it; directions do not change, so each form is made once."""
+        key = (name, dtype)
+        if key not in self.cast:
+            v = self.directions[name].to(dtype)
+            self.cast[key] = (v.transpose(1, 2) if self.kind is Kind.CONV1D and name == "weight" else v).contiguous()
+        return self.cast[key]
+
+
+def _contract_linear(site: Site, a: Tensor) -> Contraction:
+    a = a.flatten(0, -2)
+    version = a._version
+
+    def contract(g: Tensor, cu_seqlens: Tensor) -> Tensor:
+        if a._version != version:
+            raise RuntimeError(f"[capture] the input of {site.path} was changed in place after its forward pass")
+        g = g.reshape(a.shape[0], -1)
+        parts = []
+        if "weight" in site.directions:
+            parts.append(ops.ghost_dot(a.to(g.dtype), g, cu_seqlens, site.direction("weight", g.dtype)))
+        if "bias" in site.directions:
+            ones = g.new_ones(g.shape[0], 1)
+            parts.append(ops.ghost_dot(ones, g, cu_seqlens, site.direction("bias", g.dtype)[:, :, None]))
+        return torch.stack(parts).sum(0)
+
+    return contract
+
+
+class _Bare(nn.Module):
+    """A module called without its hooks, ours among them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.module.forward(*args, **kwargs)
+
+
+def _contract_by_tangent(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Contraction:
+    """Any module whose output at a token depends on its input at that token: its own tangent, dotted with g."""
+    bare = _Bare(site.module)
+
+    def forward(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(bare, parameters, args, kwargs)
+
+    def contract(g: Tensor, cu_seqlens: Tensor) -> Tensor:
+        rows = []
+        parameters = site.module.named_parameters(recurse=False)
+        own = {f"module.{name}": p.detach() for name, p in parameters if name in site.directions}
+        for k in range(next(iter(site.directions.values())).shape[0]):
+            tangents = {name: site.direction(name.removeprefix("module."), p.dtype)[k] for name, p in own.items()}
+            _, dy = torch.func.jvp(forward, (own,), (tangents,))
+            product = (dy * g).movedim(site.token_axis, 0).flatten(1)
+            rows.append(product.sum(1, dtype=torch.promote_types(g.dtype, torch.float32)))
+        return segment_sum(torch.stack(rows), cu_seqlens)
+
+    return contract
+
+
+@dataclass(frozen=True)
+class _Affine:
+    """dy = y * ratio + offset for every input: a norm's tangent, read off its output."""
+
+    ratio: Tensor  # (K, O) v / s where y = x_hat * s + b
+    offset: Tensor  # (K, O) v_b - b * ratio
+
+
+def _affine_tangent(site: Site) -> _Affine | None:
+    """The tangent of a norm as a multiple of its output, None where two random inputs do not confirm that it is one.
+
+    A multiplication is as exact as its factors, relative to its result, so this loses no more than the tangent itself;
+    but float64 models may hold norms that round to float32, whose tangent it would not repeat to the last bit.
+    """
+    weight = site.module.get_parameter("weight")
+    if set(site.directions) - {"weight", "bias"} or weight.dim() != 1 or weight.dtype == torch.float64:
+        return None
+    bias = getattr(site.module, "bias", None)
+    bias = torch.zeros_like(weight) if bias is None else bias.detach()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, *weight.shape, generator=generator, dtype=torch.float32).to(weight.device, weight.dtype)
+    bare = _Bare(site.module)
+    own = {f"module.{name}": p.detach() for name, p in site.module.named_parameters(recurse=False)}
+    ratios, offsets = [], []
+    for k in range(next(iter(site.directions.values())).shape[0]):
+        v = {f"module.{name}": site.direction(name, weight.dtype)[k] for name in site.directions}
+        zero = {name: torch.zeros_like(p) for name, p in own.items()}
+        y, dy = torch.func.jvp(lambda p: torch.func.functional_call(bare, p, (x,)), (own,), (zero | v,))
+        dbias = v.get("module.bias", torch.zeros_like(weight))
+        ratio = (dy[0] - dbias) / (y[0] - bias)
+        error = (ratio * (y[1] - bias) + dbias - dy[1]).abs().max()
+        if not error <= 16 * torch.finfo(weight.dtype).eps * dy.abs().max():
+            return None
+        ratios.append(ratio)
+        offsets.append(dbias - bias * ratio)
+    return _Affine(torch.stack(ratios), torch.stack(offsets))
+
+
+def _contract_affine(site: Site, affine: _Affine, y: Tensor) -> Contraction:
+    version = y._version
+
+    def contract(g: Tensor, cu_seqlens: Tensor) -> Tensor:
+        if y._version != version:
+            raise RuntimeError(f"[capture] the output of {site.path} was changed in place after its forward pass")
+        rows = (g * y) @ affine.ratio.T
+        if "bias" in site.directions or getattr(site.module, "bias", None) is not None:
+            rows = rows + g @ affine.offset.T
+        rows = rows.movedim(site.token_axis, 0)
+        rows = rows.reshape(rows.shape[0], -1, rows.shape[-1]).sum(1)
+        return segment_sum(rows.T.to(torch.promote_types(g.dtype, torch.float32)), cu_seqlens)
+
+    return contract
+
+
+def contraction(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Contraction:
+    """What to do with the gradient of ``out``, the output of one call of the site's module."""
+    args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
+    if site.kind in (Kind.LINEAR, Kind.CONV1D):
+        return _contract_linear(site, args[0] if args else next(iter(kwargs.values())).detach())
+    if site.kind is Kind.NORM:
+        dtype = site.module.get_parameter("weight").dtype
+        if dtype not in site.affine:
+            site.affine[dtype] = _affine_tangent(site)
+        if (affine := site.affine[dtype]) is not None:
+            return _contract_affine(site, affine, out.detach())
+    return _contract_by_tangent(site, args, kwargs)

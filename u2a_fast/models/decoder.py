@@ -1,0 +1,179 @@
+"""A Hugging Face causal LM as two parts, the decoder and the LM head, run over packed examples."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from u2a_fast import ops
+from u2a_fast.data.packing import IGNORE_INDEX, Example, Packed, pack
+from u2a_fast.models.attention import packed_layout
+
+__all__ = ["Decoder", "Head", "check_packing", "segment_sum", "sequence_logprobs"]
+
+
+def segment_sum(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Sum rows (K, M) over each example's own positions -> (K, B), in a fixed order.
+
+    It is ``ghost_dot`` of a layer whose input is the constant 1, so it inherits that op's reproducible bits.
+    """
+    ones = rows.new_ones(rows.shape[1], 1)
+    eye = torch.eye(rows.shape[0], dtype=rows.dtype, device=rows.device)
+    return ops.ghost_dot(ones, rows.T.contiguous(), cu_seqlens, eye[:, :, None])
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = cap(scale * h W^T + b), cap(z) = softcap tanh(z / softcap), for a head that is one linear layer."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    scale: float
+    softcap: float
+
+
+class Decoder:
+    """The decoder and the head of a causal LM; the LM itself stays as it is.
+
+    Attributes:
+        model: the model that was given, whose parameter names count.
+        lm: the transformers causal LM inside (inside a PEFT model, say).
+        body: its decoder, from token ids to the last hidden states.
+        head_module: its LM head.
+        head: the head's parts where it is one plain linear layer, else None (LoRA on the head, say): then the logits of
+            the scored tokens are materialised.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        missing = [name for name in ("base_model", "get_output_embeddings", "config") if not hasattr(self.lm, name)]
+        if missing:
+            raise TypeError(
+                "[model] expected a transformers causal LM (or a PEFT model around one), "
+                f"got {type(model).__name__} without {missing}"
+            )
+        self.body = self.lm.base_model
+        self.head_module = self.lm.get_output_embeddings()
+        if self.head_module is None or self.body is self.lm:
+            raise TypeError(f"[model] {type(self.lm).__name__} has no LM head over a base model")
+        config = self.lm.config.get_text_config()
+        self.softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
+        self.scale = float(getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1))
+        self.head = self._plain_head()
+
+    def _plain_head(self) -> Head | None:
+        module = self.head_module
+        if type(module).forward is not nn.Linear.forward:
+            return None
+        return Head(module.weight, module.bias, self.scale, self.softcap)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head_module.weight.device if self.head else next(self.model.parameters()).device
+
+    def hidden(self, packed: Packed) -> Tensor:
+        """Last hidden states (N, D); example i sees its own tokens only."""
+        with packed_layout(self.lm, packed):
+            out = self.body(
+                input_ids=packed.input_ids[None],
+                position_ids=packed.position_ids[None],
+                use_cache=False,
+                return_dict=True,
+            )
+        return out.last_hidden_state[0]
+
+    def materialised_logprobs(self, h: Tensor, target: Tensor) -> Tensor:
+        """log p(target) (M) of hidden states (M, D) through the head module itself."""
+        logits = self.head_module(h[None])[0] * self.scale
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
+
+    def token_logprobs(self, packed: Packed) -> Tensor:
+        """log p of every scored token, (M), differentiable; float64 for a float64 model, else float32."""
+        h = self.hidden(packed)[packed.rows]
+        if self.head is None:
+            return self.materialised_logprobs(h, packed.target)
+        scaled = h * self.scale if self.scale != 1.0 else h
+        return ops.linear_logprob(scaled, self.head.weight, packed.target, self.head.bias, self.softcap)[0]
+
+
+def reduce_tokens(values: Tensor, packed: Packed, reduction: str) -> Tensor:
+    """Sum or mean of values (K, M) over each example's scored tokens -> (K, B)."""
+    total = segment_sum(values, packed.cu_targets)
+    if reduction == "sum":
+        return total
+    return total / torch.tensor(packed.scored, dtype=total.dtype, device=total.device)
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f'[reduction] expected "sum" or "mean", got {reduction!r}')
+
+
+def sequence_logprobs(model: nn.Module, examples: Sequence[Example], *, reduction: str = "sum") -> Tensor:
+    """Log-probability of each example's scored tokens, differentiable in the model's parameters.
+
+    Args:
+        model: a transformers causal LM or a PEFT model around one; runs in its current mode (dropout included).
+        examples: B mappings with ``input_ids`` and ``labels`` (-100 where not scored; the model shifts).
+        reduction: ``"sum"`` or ``"mean"`` over an example's scored tokens.
+
+    Returns:
+        (B) log-probabilities in nats (per token for ``"mean"``): float32, or float64 for a float64 model.
+    """
+    check_reduction(reduction)
+    decoder = Decoder(model)
+    packed = pack(examples, decoder.device)
+    return reduce_tokens(decoder.token_logprobs(packed)[None], packed, reduction)[0]
+
+
+def check_packing(decoder: Decoder) -> None:
+    """Compare packed log-probabilities with the model's own, one example at a time, on two short random examples.
+
+    It catches what no list of model families can: tokens that mix outside of the attention, position schemes and heads
+    that are not understood.
+
+    Raises:
+        NotImplementedError: the model, as we run it, is not the model.
+    """
+    config = decoder.lm.config.get_text_config()
+    generator = torch.Generator().manual_seed(0)
+    examples = []
+    for length in probe_lengths(decoder.model):
+        ids = torch.randint(config.vocab_size, (length,), generator=generator)
+        examples.append({"input_ids": ids, "labels": torch.cat([torch.tensor([IGNORE_INDEX]), ids[1:]])})
+    with torch.no_grad():
+        packed = pack(examples, decoder.device)
+        ours = decoder.token_logprobs(packed)
+        alone = [_own_logprobs(decoder, example["input_ids"]) for example in examples]
+    expected = torch.cat(alone).to(ours.dtype)
+    # half of the digits; float32 even for float64 models, many of which compute norms and softmax in float32
+    eps = max(torch.finfo(next(decoder.body.parameters()).dtype).eps, torch.finfo(torch.float32).eps)
+    # a model whose weights hold NaN is still understood: its scores will say NaN
+    both_nan = ours.isnan() & expected.isnan()
+    error = ((ours - expected) / expected.abs().clamp(min=1)).masked_fill(both_nan, 0).abs().max()
+    if not error < eps**0.5:
+        raise NotImplementedError(
+            f"[model] {type(decoder.lm).__name__} is not understood: packed log-probabilities differ from its own by "
+            f"{error:.1e} (relative), so its tokens mix outside of the attention or its head is not a linear layer"
+        )
+
+
+def probe_lengths(model: nn.Module) -> tuple[int, int]:
+    """Lengths of two short examples whose packed tokens are no size of any parameter: the token axis shows."""
+    sizes = {size for p in model.parameters() for size in p.shape}
+    config = model.config.get_text_config()
+    sizes |= {value for value in vars(config).values() if isinstance(value, int)}
+    n = next(n for n in range(13, 10_000) if n not in sizes)
+    return n // 2 + 3, n - n // 2 - 1
+
+
+def _own_logprobs(decoder: Decoder, ids: Tensor) -> Tensor:
+    ids = ids.to(decoder.device)
+    logits = decoder.lm(input_ids=ids[None], use_cache=False).logits[0, :-1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0]

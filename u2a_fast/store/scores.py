@@ -1,0 +1,223 @@
+"""Scoring that survives interruption: a window of negatives at a time, each window one whole file on disk.
+
+While it runs, ``<out>/parts`` holds ``manifest.json`` (what determines the scores) and one Parquet file a finished
+window. At the end the parts become ``<out>/scores.parquet`` and the folder goes.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from u2a_fast.store.files import write_atomically, write_text
+
+__all__ = ["SCHEMA", "ScoreSummary", "Scorer", "check_target", "read_scores", "read_table", "score_to_parquet"]
+
+SCHEMA = pa.schema([("id", pa.string()), ("score", pa.float64()), ("nll", pa.float64()), ("tokens", pa.int64())])
+NONFINITE_SHOWN = 20
+CALIBRATION = 256  # at least as many as a scorer fits its curvature to
+
+Progress = Callable[[int, int | None], None]
+
+
+class Scorer(Protocol):
+    """What is asked of a scorer: arrays id, score, nll, tokens for a sequence of token examples."""
+
+    def score(self, negatives: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class ScoreSummary:
+    """What a finished run wrote, and how much of it an earlier run had done already."""
+
+    path: Path
+    rows: int
+    nonfinite: int
+    nonfinite_ids: tuple[str, ...]  # the first ones
+    resumed_rows: int
+
+
+def check_target(out_dir: Path | str, fingerprint: Mapping[str, Any], *, window: int = 2048) -> None:
+    """Raise FileExistsError if ``out_dir`` holds finished scores, or a part of scores made from something else.
+
+    ``fingerprint`` is anything that JSON can hold and that determines the scores: model and data hashes, options.
+    """
+    out = Path(out_dir)
+    if (out / "scores.parquet").exists():
+        raise FileExistsError(f"[score] {out / 'scores.parquet'} exists: pass overwrite to replace it")
+    path = out / "parts" / "manifest.json"
+    if not path.exists():
+        return
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    wanted = _manifest(fingerprint, window)
+    if stored["key"] != wanted["key"]:
+        raise FileExistsError(
+            f"[score] {out} holds unfinished scores made with other settings ({_differences(stored, wanted)}): "
+            "repeat those settings to resume, or pass overwrite to start anew"
+        )
+
+
+def score_to_parquet(
+    scorer: Scorer,
+    negatives: Iterable[Mapping[str, Any]],
+    out_dir: Path | str,
+    *,
+    window: int = 2048,
+    on_progress: Progress | None = None,
+    fingerprint: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> ScoreSummary:
+    """Score ``negatives`` in order into ``out_dir/scores.parquet`` (id, score, nll, tokens), resuming a broken-off run.
+
+    The windows are the same in every run, so a resumed run writes the same bytes as an uninterrupted one. Memory is
+    that of one window. NaN and infinite scores are kept and counted. ``on_progress(done, total)`` is called at the
+    start and after each window; total is None for a stream.
+    Raises FileExistsError as ``check_target`` does, unless ``overwrite``, which removes what was there, and where the
+    finished windows hold other negatives than these.
+    """
+    if window < 1:
+        raise ValueError(f"[score] expected a window of at least 1, got {window}")
+    out = Path(out_dir)
+    total = _length(negatives)
+    if overwrite:
+        _clear(out)
+    check_target(out, fingerprint or {}, window=window)
+    parts = out / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    write_text(parts / "manifest.json", json.dumps(_manifest(fingerprint or {}, window), indent=2))
+    report = on_progress or _no_progress
+    done = finished = _finished_rows(parts)
+    report(done, total)
+    for index, rows in enumerate(_windows(negatives, window)):
+        part = parts / f"part-{index:06d}.parquet"
+        if part.exists():
+            _check_part(part, rows)
+            if index == 0:
+                # A scorer may fit its curvature to the first negatives that it sees: let it see them again.
+                scorer.score(rows[:CALIBRATION])
+            continue
+        _write_part(part, scorer.score(rows), rows)
+        done += len(rows)
+        report(done, total)
+    return _merge(out, finished)
+
+
+def read_scores(path: Path | str) -> dict[str, np.ndarray]:
+    """The columns of a scores file as arrays. ``path`` is the file or the folder that holds ``scores.parquet``."""
+    return read_table(path, "scores.parquet", SCHEMA)
+
+
+def read_table(path: Path | str, name: str, schema: pa.Schema) -> dict[str, np.ndarray]:
+    """The columns of ``schema`` in a Parquet file, or in the file ``name`` of a folder.
+
+    Raises FileNotFoundError where there is none, ValueError where it is no Parquet file or lacks a column.
+    """
+    file = Path(path) / name if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"[store] no such file: {file}")
+    try:
+        table = pq.read_table(file)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"[store] expected a Parquet file, got {file}: {error}") from error
+    if not set(schema.names) <= set(table.column_names):
+        raise ValueError(f"[store] expected the columns {schema.names} in {file}, got {table.column_names}")
+    return {column: table.column(column).to_numpy() for column in schema.names}
+
+
+def _no_progress(done: int, total: int | None) -> None:
+    pass
+
+
+def _length(negatives: Any) -> int | None:
+    try:
+        return len(negatives)
+    except TypeError:
+        return None
+
+
+def _manifest(fingerprint: Mapping[str, Any], window: int) -> dict[str, Any]:
+    content = json.loads(json.dumps({"window": window, **fingerprint}, sort_keys=True))
+    return {"key": sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(), "content": content}
+
+
+def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    old, new = _flat(stored["content"]), _flat(wanted["content"])
+    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    return "; ".join(f"{name}: {old.get(name)!r} then, {new.get(name)!r} now" for name in names)
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _clear(out: Path) -> None:
+    (out / "scores.parquet").unlink(missing_ok=True)
+    shutil.rmtree(out / "parts", ignore_errors=True)
+
+
+def _part_files(parts: Path) -> list[Path]:
+    return sorted(parts.glob("part-*.parquet"))
+
+
+def _finished_rows(parts: Path) -> int:
+    return sum(pq.read_metadata(part).num_rows for part in _part_files(parts))
+
+
+def _windows(negatives: Iterable[Mapping[str, Any]], window: int) -> Iterator[list[Mapping[str, Any]]]:
+    stream = iter(negatives)
+    while rows := list(islice(stream, window)):
+        yield rows
+
+
+def _check_part(part: Path, rows: list[Mapping[str, Any]]) -> None:
+    stored = pq.read_table(part, columns=["id"]).column("id").to_pylist()
+    if stored != [str(row["id"]) for row in rows]:
+        raise FileExistsError(f"[score] {part} holds scores of other negatives: pass overwrite to start anew")
+
+
+def _write_part(part: Path, scores: Any, rows: list[Mapping[str, Any]]) -> None:
+    ids = [str(row["id"]) for row in rows]
+    assert [str(i) for i in scores.id] == ids, "the scorer keeps ids and order"
+    columns = [
+        pa.array(ids, pa.string()),
+        pa.array(np.asarray(scores.score, dtype=np.float64)),
+        pa.array(np.asarray(scores.nll, dtype=np.float64)),
+        pa.array(np.asarray(scores.tokens, dtype=np.int64)),
+    ]
+    table = pa.table(columns, schema=SCHEMA)
+    write_atomically(part, lambda temporary: pq.write_table(table, temporary))
+
+
+def _merge(out: Path, resumed_rows: int) -> ScoreSummary:
+    parts = _part_files(out / "parts")
+    if not parts:
+        shutil.rmtree(out / "parts")
+        raise ValueError("[score] expected at least one negative, got none")
+    rows, nonfinite = 0, 0
+    ids: list[str] = []
+
+    def write(temporary: Path) -> None:
+        nonlocal rows, nonfinite
+        with pq.ParquetWriter(temporary, SCHEMA) as writer:
+            for part in parts:
+                table = pq.read_table(part, schema=SCHEMA)
+                writer.write_table(table)
+                finite = np.isfinite(table.column("score").to_numpy()) & np.isfinite(table.column("nll").to_numpy())
+                bad = np.flatnonzero(~finite)
+                rows, nonfinite = rows + table.num_rows, nonfinite + len(bad)
+                ids.extend(table.column("id")[int(i)].as_py() for i in bad[: NONFINITE_SHOWN - len(ids)])
+
+    write_atomically(out / "scores.parquet", write)
+    shutil.rmtree(out / "parts")
+    return ScoreSummary(out / "scores.parquet", rows, nonfinite, tuple(ids), resumed_rows)

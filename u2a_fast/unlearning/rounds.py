@@ -1,0 +1,81 @@
+"""A round of the loop on disk: round-NN/{scores.parquet, selection.parquet, parameters.safetensors, metrics.json}.
+
+metrics.json is written last, so a round that has it is whole; every file is whole or absent.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import nn
+
+from u2a_fast.influence.scorer import Scores
+from u2a_fast.selection import Selection
+from u2a_fast.store import write_atomically, write_text
+from u2a_fast.unlearning.snapshot import save_trainable
+
+__all__ = ["RoundFiles", "complete_rounds", "drop_parameters"]
+
+
+def _write_table(path: Path, columns: Mapping[str, Any]) -> None:
+    write_atomically(path, lambda temporary: pq.write_table(pa.table(dict(columns)), temporary))
+
+
+class RoundFiles:
+    """The folder of round ``number`` under ``out``."""
+
+    def __init__(self, out: Path, number: int) -> None:
+        self.folder = out / f"round-{number:02d}"
+        self.parameters = self.folder / "parameters.safetensors"
+
+    def start_over(self) -> None:
+        """Remove what an interrupted attempt at this round left."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+
+    def write_scores(self, scores: Scores) -> None:
+        """One row a negative: id, score, nll, tokens."""
+        ids = pa.array([str(i) for i in scores.id], pa.string())
+        columns = {"id": ids, "score": scores.score, "nll": scores.nll, "tokens": scores.tokens}
+        _write_table(self.folder / "scores.parquet", columns)
+
+    def write_selection(self, selection: Selection) -> None:
+        """One row a chosen negative, highest score first: id, score, weight."""
+        ids = pa.array([str(i) for i in selection.id], pa.string())
+        _write_table(
+            self.folder / "selection.parquet", {"id": ids, "score": selection.score, "weight": selection.weight}
+        )
+
+    def finish(self, model: nn.Module, metrics: Mapping[str, Any]) -> None:
+        """Write the trainable parameters and then the metrics."""
+        write_atomically(self.parameters, lambda temporary: save_trainable(model, temporary))
+        write_text(self.folder / "metrics.json", json.dumps(dict(metrics), indent=2) + "\n")
+
+    def nll(self) -> np.ndarray:
+        """NLL (n) of all negatives when the round began."""
+        return pq.read_table(self.folder / "scores.parquet", columns=["nll"]).column("nll").to_numpy()
+
+    def weights(self) -> dict[str, float]:
+        """Weight of every chosen negative by id."""
+        table = pq.read_table(self.folder / "selection.parquet")
+        return dict(zip(table.column("id").to_pylist(), table.column("weight").to_pylist(), strict=True))
+
+
+def complete_rounds(out: Path) -> list[dict[str, Any]]:
+    """Metrics of the whole rounds under ``out``, from round 0 to the first that is missing."""
+    metrics: list[dict[str, Any]] = []
+    while (path := RoundFiles(out, len(metrics)).folder / "metrics.json").exists():
+        metrics.append(json.loads(path.read_text()))
+    return metrics
+
+
+def drop_parameters(out: Path, keep: set[int]) -> None:
+    """Remove the parameters of the rounds that are not in ``keep``; their other files stay."""
+    for path in out.glob("round-*/parameters.safetensors"):
+        if int(path.parent.name.removeprefix("round-")) not in keep:
+            path.unlink()
