@@ -56,9 +56,8 @@ struct TileEngine {
   }
   static void pack_b(View<BFloat16> source, int64_t count, int64_t k, Packed* panel) {
     for (int64_t half = 0; half < 2; ++half) {
-      for_pair_depths(source.from_row(half * W), count - half * W, k, [&](int64_t q, VecU pairs) {
-        store(panel + (q / W * 2 + half) * kTile + q % W * W, pairs);
-      });
+      for_pair_depths(source.from_row(half * W), count - half * W, k,
+                      [&](int64_t q, VecU pairs) { store(panel + (q / W * 2 + half) * kTile + q % W * W, pairs); });
     }
   }
 

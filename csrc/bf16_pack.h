@@ -1,7 +1,8 @@
 // Packing of bfloat16 for the instructions that multiply pairs of neighbors along k.
 //
 // A pair is one 32-bit lane, so that the pair panels of AVX-512 BF16 are float panels of half the depth: pair (r, q) of
-// a panel of width P lies at q * P + r. The tile registers of AMX take the same for B (P = 16) and rows of 16 pairs for A.
+// a panel of width P lies at q * P + r. The tile registers of AMX take the same for B (P = 16) and rows of 16 pairs for
+// A.
 #pragma once
 
 #include "engine.h"

@@ -2,7 +2,8 @@
 //
 // Operands are repacked into panels that the inner loop reads once, in order: element (r, k) of a panel of width P lies
 // at k * P + r. An engine is a type that says how panels look and how two of them are multiplied; ops are written once
-// over any engine. Rows beyond the matrix are packed as zeros, so that a row's arithmetic never depends on its neighbors.
+// over any engine. Rows beyond the matrix are packed as zeros, so that a row's arithmetic never depends on its
+// neighbors.
 #pragma once
 
 #include "kernels.h"
@@ -27,9 +28,8 @@ View<T> view(const Matrix& m) {
 template <class Body>
 void parallel_for(const Parallel& parallel, int64_t count, const Body& body) {
   if (count == 0) return;
-  parallel.run(count, const_cast<Body*>(&body), [](void* context, int64_t begin, int64_t end) {
-    (*static_cast<const Body*>(context))(begin, end);
-  });
+  parallel.run(count, const_cast<Body*>(&body),
+               [](void* context, int64_t begin, int64_t end) { (*static_cast<const Body*>(context))(begin, end); });
 }
 
 // Packs the first P of the `count` rows that are left into one panel of width P. Where P is no multiple of the vector
@@ -45,7 +45,8 @@ void pack_panel(View<T> source, int64_t count, int64_t k, S* panel) {
       for (int first = 0; first < P; first += W) {
         Vec<S> square[W];
         for (int r = 0; r < W; ++r) {
-          square[r] = first + r < smaller<int64_t>(P, count) ? load(source.data + (first + r) * source.row + j) : Vec<S>{};
+          square[r] =
+              first + r < smaller<int64_t>(P, count) ? load(source.data + (first + r) * source.row + j) : Vec<S>{};
         }
         transpose(square);
         for (int c = 0; c < W; ++c) store(panel + (j + c) * P + first, square[c]);
@@ -64,8 +65,8 @@ void pack_panel(View<T> source, int64_t count, int64_t k, S* panel) {
 }
 
 // Multiplies in S, which is also the type of the sums.
-// 12 x 2 vectors of sums keep both FMA ports busy through their latency (2 x 4 in flight) and leave room in 32 registers
-// for two vectors of B and a broadcast of A; 16 registers hold 6 x 2, the baseline's 4 x 2.
+// 12 x 2 vectors of sums keep both FMA ports busy through their latency (2 x 4 in flight) and leave room in 32
+// registers for two vectors of B and a broadcast of A; 16 registers hold 6 x 2, the baseline's 4 x 2.
 template <class S, int Rows, int Vectors>
 struct VectorEngine {
   using Accumulate = S;

@@ -1,7 +1,7 @@
 // ghost_dot: <V_k, G_i> = sum over the example's tokens t and over o of g[t, o] (V_k a_t)[o].
 //
-// Tiles of V_k a_t are dotted with g as they are made. A token's sum runs over o in a fixed order, an example's over its
-// tokens in order, both in double where that costs nothing.
+// Tiles of V_k a_t are dotted with g as they are made. A token's sum runs over o in a fixed order, an example's over
+// its tokens in order, both in double where that costs nothing.
 #pragma once
 
 #include "engine.h"
@@ -105,7 +105,8 @@ class TokenDots {
     for (int64_t c = 0; c < packed; c += blocking_.cached) {
       for (int64_t r = 0; r < count; r += E::MR) {
         E::pack_a(a_.from_row(first + r), count - r, op_.i, a.at(0));
-        add_panel(a.at(0), first + r, smaller<int64_t>(E::MR, count - r), b, c, smaller(c + blocking_.cached, packed), o);
+        add_panel(a.at(0), first + r, smaller<int64_t>(E::MR, count - r), b, c, smaller(c + blocking_.cached, packed),
+                  o);
       }
     }
   }
@@ -113,8 +114,8 @@ class TokenDots {
   // rows[t] += g_t^T B a_t for the `count` rows of a panel of A and rows `first` to `end` of B, which are features `o`
   // on. Tiles are one panel wide, so that they and both panels stay in the level-1 cache; a tile is dotted with g while
   // the next is being multiplied.
-  void add_panel(const typename E::Packed* a, int64_t row, int64_t count, const Panels<E>& b, int64_t first, int64_t end,
-                 int64_t o) {
+  void add_panel(const typename E::Packed* a, int64_t row, int64_t count, const Panels<E>& b, int64_t first,
+                 int64_t end, int64_t o) {
     const int64_t tiles = ceil_div(end - first, E::NR);
     Prefetch<T> next_a(a_, row + count, op_.n, E::MR, op_.i, tiles);
     Prefetch<T> next_g(View<T>{g_.data + o + first, g_.row, 1}, row + count, op_.n, E::MR, end - first, tiles);

@@ -10,7 +10,8 @@ namespace {
 
 // Sum over rows t and columns s >= t of x[t][s] y[t][s], off-diagonal entries twice; tiles start at (row, column).
 template <class S>
-double upper_triangle_sum(const S* x, const S* y, int64_t ld, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+double upper_triangle_sum(const S* x, const S* y, int64_t ld, int64_t row, int64_t rows, int64_t column,
+                          int64_t columns) {
   double sum = 0;
   for (int64_t t = 0; t < rows; ++t) {
     const int64_t diagonal = row + t - column;

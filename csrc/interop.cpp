@@ -141,8 +141,8 @@ py::array ghost_dot(const py::object& a_in, const py::object& g_in, const py::ob
   check_dtype(g, dtype, op, "g");
   check_dtype(v, dtype, op, "v");
   py::array out = result(dtype, {v.size(0), cu.size(0) - 1});
-  const u2a::GhostDot call = {dtype, a.rows(), g.rows(), offsets,   v.rows(), n,
-                              cu.size(0) - 1, v.size(0), i, o, out.mutable_data()};
+  const u2a::GhostDot call = {dtype,          a.rows(),  g.rows(), offsets, v.rows(),          n,
+                              cu.size(0) - 1, v.size(0), i,        o,       out.mutable_data()};
   const py::gil_scoped_release unlocked;
   u2a::kernels_for(dtype).ghost_dot(call, all_threads());
   return out;
@@ -158,8 +158,8 @@ py::array ghost_norm(const py::object& a_in, const py::object& g_in, const py::o
   const u2a::DType dtype = a.dtype();
   check_dtype(g, dtype, op, "g");
   py::array out = result(dtype, {cu.size(0) - 1});
-  const u2a::GhostNorm call = {dtype, a.rows(), g.rows(), offsets, n, cu.size(0) - 1, a.size(1), g.size(1),
-                               out.mutable_data()};
+  const u2a::GhostNorm call = {dtype,          a.rows(),  g.rows(),  offsets,           n,
+                               cu.size(0) - 1, a.size(1), g.size(1), out.mutable_data()};
   const py::gil_scoped_release unlocked;
   u2a::kernels_for(dtype).ghost_norm(call, all_threads());
   return out;

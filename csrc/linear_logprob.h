@@ -21,9 +21,7 @@ class PaddedRows {
       for (int64_t c = 0; c < stride_; ++c) padded[c] = c < columns ? S(scalar(values[c])) : S(0);
     }
   }
-  const S* at(int64_t row, int64_t column) const {
-    return given_ ? buffer_.as<S>() + row * stride_ + column : nullptr;
-  }
+  const S* at(int64_t row, int64_t column) const { return given_ ? buffer_.as<S>() + row * stride_ + column : nullptr; }
 
  private:
   int64_t stride_;
@@ -128,8 +126,8 @@ class HeadPass {
   }
 
  private:
-  // A tile's place: panels of A from row `r` (of tangent k, `a_step` rows on) and of B from column `c`, and the rows and
-  // columns of the logits that they make.
+  // A tile's place: panels of A from row `r` (of tangent k, `a_step` rows on) and of B from column `c`, and the rows
+  // and columns of the logits that they make.
   struct Place {
     const Panels<E>& a;
     int64_t r, a_step;
@@ -161,7 +159,8 @@ class HeadPass {
   // `weights`: e^(c - max) c'(z) of the tile.
   void add_tangent(const Place& at, int64_t k, const S* weights, const double* scale) {
     alignas(64) S dz[E::MR * kTileColumns];
-    if (op_.dh.data) tile_product<E>(at.a.at((k + 1) * at.a_step + at.r), at.b, at.c, at.columns, dz, kTileColumns, false);
+    if (op_.dh.data)
+      tile_product<E>(at.a.at((k + 1) * at.a_step + at.r), at.b, at.c, at.columns, dz, kTileColumns, false);
     if (op_.dweight.data)
       tile_product<E>(at.a.at(at.r), at.b, (k + 1) * at.b_step + at.c, at.columns, dz, kTileColumns, op_.dh.data);
     const S* dbias = dbias_.at(k, at.column);

@@ -13,8 +13,7 @@
 
 #define U2A_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
-#define U2A_TARGET(features) \
-  U2A_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define U2A_TARGET(features) U2A_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define U2A_TARGET_END U2A_PRAGMA(clang attribute pop)
 #else
 #define U2A_TARGET(features) U2A_PRAGMA(GCC target(features))

@@ -1,6 +1,7 @@
 // The torch door: unwraps tensors for the kernels and registers them on the CPU key of torch.ops.u2a_fast.
 //
-// Built against the LibTorch stable ABI. The checks here only keep memory safe; u2a_fast/ops.py holds the users' checks.
+// Built against the LibTorch stable ABI. The checks here only keep memory safe; u2a_fast/ops.py holds the users'
+// checks.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -107,8 +108,8 @@ Tensor ghost_dot(const Tensor& a_in, const Tensor& g_in, const Tensor& cu_seqlen
   const Tensor a = readable(a_in), g = readable(g_in), v = readable(v_in), offsets = checked_offsets(cu_seqlens, n);
   Tensor out = empty(a, {k, b}, accumulation_type(a));
   const u2a::DType dtype = dtype_of(a);
-  u2a::kernels_for(dtype).ghost_dot({dtype, matrix(a), matrix(g), offsets.const_data_ptr<int32_t>(), matrix(v), n, b, k, i,
-                                     o, out.mutable_data_ptr()},
+  u2a::kernels_for(dtype).ghost_dot({dtype, matrix(a), matrix(g), offsets.const_data_ptr<int32_t>(), matrix(v), n, b, k,
+                                     i, o, out.mutable_data_ptr()},
                                     torch_threads());
   return out;
 }
@@ -143,8 +144,9 @@ struct HeadTensors {
     check_like(h, h, {n, d}, "h");
     check_like(weight, h, {v, d}, "weight");
     if (bias) check_like(*bias, h, {v}, "bias");
-    STD_TORCH_CHECK(target.is_cpu() && target.scalar_type() == ScalarType::Long && target.dim() == 1 && target.size(0) == n,
-                    "target: expected int64 ids of shape (N,) on the CPU");
+    STD_TORCH_CHECK(
+        target.is_cpu() && target.scalar_type() == ScalarType::Long && target.dim() == 1 && target.size(0) == n,
+        "target: expected int64 ids of shape (N,) on the CPU");
     const int64_t* ids = target.const_data_ptr<int64_t>();
     for (int64_t t = 0; t < n; ++t) STD_TORCH_CHECK(ids[t] >= 0 && ids[t] < v, "target: expected ids in [0, V)");
     head = {dtype_of(h), matrix(h), matrix(weight), ids, data(bias), softcap, n, d, v};
@@ -201,11 +203,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprob_backward(const Tensor& grad_lo
   Tensor grad_h = empty(h, {need_h ? n : 0, d}, h.scalar_type());
   Tensor grad_weight = empty(h, {need_weight ? v : 0, d}, dtype), grad_bias = empty(h, {need_weight ? v : 0}, dtype);
   u2a::kernels_for(in.head.dtype)
-      .linear_logprob_backward({in.head, grad_logp.const_data_ptr(), grad_lse.const_data_ptr(), lse.const_data_ptr(),
-                                need_h ? grad_h.mutable_data_ptr() : nullptr,
-                                need_weight ? grad_weight.mutable_data_ptr() : nullptr,
-                                need_weight ? grad_bias.mutable_data_ptr() : nullptr},
-                               torch_threads());
+      .linear_logprob_backward(
+          {in.head, grad_logp.const_data_ptr(), grad_lse.const_data_ptr(), lse.const_data_ptr(),
+           need_h ? grad_h.mutable_data_ptr() : nullptr, need_weight ? grad_weight.mutable_data_ptr() : nullptr,
+           need_weight ? grad_bias.mutable_data_ptr() : nullptr},
+          torch_threads());
   return {grad_h, grad_weight, grad_bias};
 }
 

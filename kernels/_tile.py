@@ -98,7 +98,7 @@ def segment_sum_kernel(p_rows, p_cu_seqlens, p_out, P, N, B, BLOCK_P: tl.constex
             o_t = start_t + tl.arange(0, BLOCK_T)
             m_rows = (o_p < P)[:, None] & (o_t < end)[None, :]
             acc += tl.load(p_rows + o_p.to(tl.int64)[:, None] * N + o_t[None, :], mask=m_rows, other=0.0)
-    tl.store(p_out + i_k * B + i_b, tl.sum(tl.sum(acc, 1), 0))
+    tl.store(p_out + i_k * B + i_b, tl.sum(acc))
 
 
 def segment_sum(rows: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -102,6 +102,26 @@ def test_the_proximal_center_and_the_references_stay_the_original(
     assert sum(seen[4:], []) == pytest.approx(list(nll_at_start.values()), rel=TIGHT)
 
 
+@pytest.mark.parametrize("curvature", ["identity", "fisher"])
+def test_every_round_scores_with_the_direction_of_its_own_parameters(
+    curvature: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scoring_rows, _ = DPO(PAIRS).prepare(build("llama")).split(CONFIG.heldout_fraction, CONFIG.seed)
+    seeds, train = [], loop.train
+
+    def spy(model: nn.Module, *args: Any, config: UnlearnConfig, **kwargs: Any) -> Any:
+        fresh = InfluenceScorer(model, None, scoring_rows, curvature).score(NEGATIVES)
+        stored = columns(tmp_path / f"round-{len(seeds):02d}" / "scores.parquet")["score"]
+        np.testing.assert_allclose(stored, fresh.score, rtol=TIGHT, atol=TIGHT * np.abs(fresh.score).max())
+        seeds.append(config.seed)
+        return train(model, *args, config=config, **kwargs)
+
+    monkeypatch.setattr(loop, "train", spy)
+    config = replace(CONFIG, curvature=curvature, unlearn=replace(STEPS, seed=40))
+    align(build("llama"), None, NEGATIVES, DPO(PAIRS), config=config, output_dir=tmp_path)
+    assert seeds == [40, 41, 42]
+
+
 def test_windows_do_not_change_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(CONFIG, rounds=1)
     align(build("llama"), None, NEGATIVES, DPO(PAIRS), config=config, output_dir=tmp_path / "one")
@@ -145,6 +165,14 @@ def test_the_best_rounds_parameters_come_back(tmp_path: Path, monkeypatch: pytes
     assert same(parameters(model), ends[3]) and not same(ends[3], ends[7])
     kept = sorted(path.parent.name for path in tmp_path.glob("round-*/parameters.safetensors"))
     assert kept == ["round-01", "round-03"]
+
+
+def test_a_preference_loss_that_is_not_finite_ends_with_a_clear_error(tmp_path: Path) -> None:
+    broken = DPO(PAIRS).prepare(build("llama"))
+    assert broken.reference is not None
+    broken.reference[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="expected finite preference losses"):
+        align(build("llama"), None, NEGATIVES, DPO(PAIRS), heldout=broken, config=CONFIG, output_dir=tmp_path)
 
 
 def test_no_round_where_unlearning_helps_nothing(tmp_path: Path) -> None:

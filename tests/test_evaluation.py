@@ -104,7 +104,9 @@ def test_nonfinite_figures_are_counted_and_kept(model: nn.Module) -> None:
 
 
 def test_wrong_calls_are_named(model: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"\[evaluate\] expected preferences, negatives or positives, got none of them"):
+    with pytest.raises(
+        ValueError, match=r"\[evaluate\] expected preferences, negatives or positives, got none of them"
+    ):
         evaluate(model)
     with pytest.raises(ValueError, match=r"\[evaluate\] expected at least one row for forgetting, got none"):
         evaluate(model, negatives=iter([]))

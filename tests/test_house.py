@@ -28,7 +28,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"kernels"}),
     frozenset({"reference", "_check", "losses", "statistics", "files"}),
 )
-RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
+EXTENSIONS = frozenset({"_C", "_interop"})  # compiled from csrc/, below everything; absent where there is no compiler
+RANK = {part: rank for rank, parts in enumerate((*LAYERS, EXTENSIONS)) for part in parts}
 
 # A longer file or function needs a larger number here, in the same commit, with the reason beside it.
 FILE_LINES = 400
@@ -59,7 +60,7 @@ SOURCES = [pytest.param(path, id=name or "__init__") for name, path in MODULES.i
 
 def known(name: str) -> str:
     """The longest beginning of a dotted name that is a module: the rest names something in it."""
-    while name not in MODULES:
+    while name not in MODULES and name not in EXTENSIONS:
         name = name.rpartition(".")[0]
     return name
 
@@ -74,6 +75,16 @@ def absolute(path: Path, node: ast.ImportFrom) -> str | None:
     return ".".join([*package[: len(package) - node.level + 1], *filter(None, [node.module])])
 
 
+def reached(path: Path, node: ast.AST) -> Iterator[str]:
+    """Modules of the package that a node imports, if it is an import statement."""
+    if isinstance(node, ast.ImportFrom) and (target := absolute(path, node)) is not None:
+        yield from {known(f"{target}.{alias.name}".strip(".")) for alias in node.names}
+    elif isinstance(node, ast.Import):
+        for alias in node.names:
+            if alias.name.partition(".")[0] == "u2a_fast":
+                yield known(alias.name.partition(".")[2])
+
+
 def imports(path: Path) -> Iterator[str]:
     """Modules of the package that a file imports, anywhere in it, except for type checkers alone."""
     typing_only = {
@@ -83,14 +94,8 @@ def imports(path: Path) -> Iterator[str]:
         for child in ast.walk(node)
     }
     for node in ast.walk(tree(path)):
-        if id(node) in typing_only:
-            continue
-        if isinstance(node, ast.ImportFrom) and (target := absolute(path, node)) is not None:
-            yield from {known(f"{target}.{alias.name}".strip(".")) for alias in node.names}
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.partition(".")[0] == "u2a_fast":
-                    yield known(alias.name.partition(".")[2])
+        if id(node) not in typing_only:
+            yield from reached(path, node)
 
 
 def part(module: str) -> str:
@@ -129,18 +134,11 @@ def test_a_cycle_would_be_found() -> None:
         TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
 
 
-def is_optional_import(function: ast.AST) -> bool:
-    """In-function imports are for heavy or optional packages of others, never for our own modules."""
-    return not any(
-        isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("u2a_fast"))
-        for node in ast.walk(function)
-    )
-
-
 @pytest.mark.parametrize("path", SOURCES)
 def test_own_modules_are_imported_at_the_top(path: Path) -> None:
     functions = [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    assert [f.name for f in functions if not is_optional_import(f)] == []
+    hidden = {name for function in functions for node in ast.walk(function) for name in reached(path, node)}
+    assert hidden <= EXTENSIONS  # only what may be absent is imported where it is used
 
 
 @pytest.mark.parametrize("path", SOURCES)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArgument
 from u2a_fast.losses import unlearning_loss, unlearning_slope
 from u2a_fast.unlearning import UnlearnConfig, UnlearnTrainer, WeightedNegatives, retain, unlearn
 from u2a_fast.unlearning.batches import collate, unpad
+from u2a_fast.unlearning.drift import _forecast
 from u2a_fast.unlearning.retain import RetainSampler, retain_losses
 from u2a_fast.unlearning.run import train
 from u2a_fast.unlearning.snapshot import ParameterSnapshot
@@ -203,6 +204,21 @@ def test_retain_draws_depend_on_the_step_alone_and_visit_all() -> None:
     assert RetainSampler(7, 3, seed=6)(0) != steps[0] or RetainSampler(7, 3, seed=6)(1) != steps[1]
 
 
+def test_every_step_draws_its_own_retain_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+    retain_part = UnlearnTrainer._retain
+
+    def spy(self: UnlearnTrainer, model: nn.Module, positions: list[int]) -> Tensor:
+        seen.append(positions)
+        return retain_part(self, model, positions)
+
+    monkeypatch.setattr(UnlearnTrainer, "_retain", spy)
+    config = replace(PLAIN, loss="graddiff", retain_batch_size=3, micro_batch_size=2, seed=4)
+    train(build("llama"), NEGATIVES, WEIGHTS, config=config, folder=tmp_path, retain=POSITIVES)
+    draw = RetainSampler(5, 3, seed=4)
+    assert seen == [part for step in range(3) for part in (draw(step)[:1], draw(step)[1:])]
+
+
 TERMS = replace(PLAIN, loss="graddiff", proximal=0.05, retain_batch_size=3, epochs=2, max_grad_norm=1.0)
 
 
@@ -342,7 +358,7 @@ def test_the_saved_model_is_the_unlearned_one(tmp_path: Path) -> None:
 
 
 def test_the_drift_guard_ends_before_the_limit(tmp_path: Path) -> None:
-    config = replace(PLAIN, learning_rate=5e-4, max_steps=90, drift_every=5)
+    config = replace(PLAIN, learning_rate=2e-4, max_steps=90, drift_every=5)
     free = unlearn(build("llama"), None, NEGATIVES, [1.0] * 11, config=config, output_dir=tmp_path / "free")
     held_config = replace(config, max_drift=0.5)
     held = unlearn(build("llama"), None, NEGATIVES, [1.0] * 11, config=held_config, output_dir=tmp_path / "held")
@@ -380,3 +396,14 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     with pytest.raises(ValueError, match="remove_unused_columns=False"):
         UnlearnTrainer(model, args, WeightedNegatives(NEGATIVES, WEIGHTS), config=PLAIN)
+
+
+def test_the_forecast_is_exact_on_parabolas_and_never_slows_down() -> None:
+    def rise(step: int) -> float:
+        return 0.01 * step + 0.003 * step**2
+
+    assert _forecast([(0, 0.0), (1, 0.2)], 3) == pytest.approx(0.8)
+    assert _forecast([(s, rise(s)) for s in (0, 1, 6)], 5) == pytest.approx(rise(11))
+    assert _forecast([(s, rise(s)) for s in (4, 6, 7)], 1) == pytest.approx(rise(8))
+    assert _forecast([(0, 0.0), (1, 0.2), (2, 0.3)], 1) == pytest.approx(0.4)
+    assert _forecast([(0, 0.0), (1, 0.2), (2, 0.1)], 5) == pytest.approx(0.1)

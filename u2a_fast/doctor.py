@@ -5,6 +5,7 @@ import platform
 import shutil
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from u2a_fast.manifest import versions
 
 __all__ = ["Finding", "diagnose"]
 
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -35,7 +37,7 @@ def diagnose() -> list[Finding]:
     """Every check once. Nothing broken means no finding of status "fail"; a missing fast path is a "warn"."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     op_checks = [_check_op(op, device) for device in devices for op in _register.OPS]
-    return [*_versions(), _cpu_kernels(), _simd(), _triton(), *_cuda(), *op_checks]
+    return [*_versions(), _cpu_kernels(), _cpu(), _triton(), *_cuda(), *op_checks]
 
 
 def _versions() -> list[Finding]:
@@ -60,9 +62,14 @@ def _rebuild_hint() -> str:
     return f"reinstall with {compiler}: pip install --no-build-isolation --force-reinstall --no-deps <the checkout>"
 
 
-def _simd() -> Finding:
-    capability = torch.backends.cpu.get_cpu_capability()
-    return Finding("CPU", "ok", f"{platform.machine()}, {capability}, {torch.get_num_threads()} threads")
+def _cpu() -> Finding:
+    """The instruction sets that the C++ kernels choose from as they run, best last."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:  # no such file outside of Linux
+        flags = set()
+    known = [name for name in INSTRUCTION_SETS if name in flags] or [torch.backends.cpu.get_cpu_capability()]
+    return Finding("CPU", "ok", f"{platform.machine()}, {torch.get_num_threads()} threads, {', '.join(known)}")
 
 
 def _triton() -> Finding:

@@ -1,7 +1,7 @@
 """Ops for arrays of any library: NumPy, and whatever exports CPU memory through DLPack (JAX, CuPy on the host, torch).
 
 Nothing is copied and torch is not needed: the C++ kernels read the caller's memory. Letters and meaning are those of
-:mod:`u2a_fast.reference`; float16, bfloat16 (through DLPack), float32 and float64 are accepted. Rows must be contiguous.
+:mod:`u2a_fast.reference`; float16, bfloat16 (through DLPack), float32 and float64 are accepted, rows contiguous.
 """
 
 from typing import TYPE_CHECKING, Any, Protocol

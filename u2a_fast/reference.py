@@ -63,7 +63,8 @@ def ghost_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
     a, g = a.to(acc), g.to(acc)
     ids = _segment_ids(cu_seqlens, a.shape[0])
     same_example = ids[:, None] == ids[None, :]
-    rows = ((a @ a.T) * (g @ g.T) * same_example).sum(-1)
+    # a product with the mask would carry one example's NaN into every other
+    rows = torch.where(same_example, (a @ a.T) * (g @ g.T), 0.0).sum(-1)
     return _segment_sum(rows, cu_seqlens)
 
 

@@ -5,8 +5,10 @@ its arguments from a seed that follows from the case's name, ``expected`` runs t
 ``budget`` bounds the error of every output entry.
 
 The budget is ``c * eps * scale``: ``eps`` of the accumulation dtype, ``scale`` the same sum with every term replaced by
-its magnitude, times the square root of the reduction's length, because rounding errors of a sum behave as independent
-with zero mean (Higham and Mary 2019, doi:10.1137/18M1226312). ``CONSTANTS`` gives one ``c`` per op, and why.
+its magnitude. Rounding errors of a sum behave as independent with zero mean (Higham and Mary 2019,
+doi:10.1137/18M1226312): n terms of random sign and size x, as all inputs here are, have partial sums of size sqrt(n) x,
+so n of their roundings add up to eps n x, which is ``eps * scale``. A sum of terms of one sign, whose partial sums
+grow as n x, gets a further sqrt(n). ``CONSTANTS`` gives one ``c`` per op, and why.
 """
 
 import math
@@ -192,7 +194,7 @@ def _head_inputs(case: Case, normal: Any, generator: torch.Generator) -> dict[st
         wide = {
             name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in arguments.items()
         }
-        head = {name: wide[name] for name in ("h", "weight", "target", "bias", "softcap")}
+        head: dict[str, Any] = {name: wide[name] for name in ("h", "weight", "target", "bias", "softcap")}
         arguments["lse"] = reference.linear_logprob(**head)[1].to(acc)
         arguments |= {"need_h": "h" in case.tangents, "need_weight": "weight" in case.tangents}
     return arguments
@@ -252,8 +254,7 @@ def _output_dtype(case: Case, index: int) -> torch.dtype:
 
 
 def _ghost_scale(case: Case, wide: dict[str, Any], eps: float) -> tuple[Tensor, ...]:
-    length = case.sizes["I"] + case.sizes["O"] + max(case.lengths, default=0)
-    return (math.sqrt(length) * getattr(reference, case.op)(**_map_floats(wide, Tensor.abs)),)
+    return (getattr(reference, case.op)(**_map_floats(wide, Tensor.abs)),)
 
 
 @dataclass
@@ -271,13 +272,12 @@ def _head(case: Case, wide: dict[str, Any]) -> _Head:
     h, weight, bias, cap = wide["h"], wide["weight"], wide["bias"], case.softcap
     c, slope = reference._logits(h, weight, bias, cap)
     magnitude = h.abs() @ weight.abs().T + (0 if bias is None else bias.abs())
-    d, v = case.sizes["D"], case.sizes["V"]
     # A cap contracts (slope <= 1) and adds the rounding of tanh and of the division.
-    logit_error = math.sqrt(d + 1) * magnitude.amax(-1) + 2 * c.abs().amax(-1)
+    logit_error = magnitude.amax(-1) + 2 * c.abs().amax(-1)
     lse = torch.logsumexp(c, -1)
     # exp turns the absolute error of c - max into a relative one; the sum of V terms adds sqrt(V), the logarithm its
     # own rounding.
-    lse_error = logit_error + math.sqrt(v) + lse.abs()
+    lse_error = logit_error + math.sqrt(case.sizes["V"]) + lse.abs()
     return _Head(torch.exp(c - lse[:, None]), c, slope, logit_error, lse_error)
 
 
@@ -300,10 +300,9 @@ def _backward_scale(case: Case, wide: dict[str, Any], eps: float) -> tuple[Tenso
     dz_error = dz_error + dz * (_slope_error(case, head)[:, None] + 2)
     # Kernels may round dz to the inputs' dtype before the second product, and round the gradient in h to it.
     rounding = torch.finfo(case.dtype).eps / eps
-    n, v = case.sizes["N"], case.sizes["V"]
     empty_h, empty_v = weight.new_zeros(0, case.sizes["D"]), weight.new_zeros(0)
-    grad_h = (dz_error + (math.sqrt(v) + rounding) * dz) @ weight.abs() if "h" in case.tangents else empty_h
-    total = dz_error + (math.sqrt(n) + rounding) * dz
+    grad_h = (dz_error + (1 + rounding) * dz) @ weight.abs() if "h" in case.tangents else empty_h
+    total = dz_error + (1 + rounding) * dz
     if "weight" not in case.tangents:
         return grad_h, empty_h, empty_v
     return grad_h, total.T @ h.abs(), total.sum(0)
@@ -312,9 +311,8 @@ def _backward_scale(case: Case, wide: dict[str, Any], eps: float) -> tuple[Tenso
 def _jvp_scale(case: Case, wide: dict[str, Any], eps: float) -> tuple[Tensor, ...]:
     head = _head(case, wide)
     h, weight, dh, dweight, dbias = (wide[name] for name in ("h", "weight", "dh", "dweight", "dbias"))
-    d, k = case.sizes["D"], case.sizes["K"]
     rows = []
-    for j in range(k):
+    for j in range(case.sizes["K"]):
         magnitude = torch.zeros_like(head.c)
         if dh is not None:
             magnitude = magnitude + dh[j].abs() @ weight.abs().T
@@ -322,7 +320,7 @@ def _jvp_scale(case: Case, wide: dict[str, Any], eps: float) -> tuple[Tensor, ..
             magnitude = magnitude + h.abs() @ dweight[j].abs().T
         if dbias is not None:
             magnitude = magnitude + dbias[j].abs()
-        tangent_error = (math.sqrt(d + 1) + _slope_error(case, head)[:, None]) * magnitude
+        tangent_error = (1 + _slope_error(case, head)[:, None]) * magnitude
         mean = (head.p * magnitude).sum(-1)
         at_target = tangent_error.gather(-1, wide["target"][:, None])[:, 0]
         rows.append(at_target + (head.p * tangent_error).sum(-1) + (head.logit_error + head.lse_error) * mean)

@@ -37,7 +37,7 @@ def check_signal(
     note(f"signal check: cosine of gradient halves {signal['cosine']:.3f} [{low:.3f}, {high:.3f}], "
          f"Spearman of their scores {signal['spearman']:.3f}")  # fmt: skip
     if signal["warning"]:
-        Console(stderr=True).print(f"warning: {signal['warning']}", style="bold yellow", markup=False)
+        Console(stderr=True).print(f"warning: {signal['warning']}", style="bold yellow", markup=False, soft_wrap=True)
     return signal
 
 

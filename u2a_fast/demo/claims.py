@@ -10,7 +10,7 @@ from u2a_fast.demo.experiment import ARMS
 __all__ = ["AUC_FLOOR", "SEEDS_FLOOR", "claims", "seed_rows", "summary"]
 
 AUC_FLOOR = 0.9
-SEEDS_FLOOR = 0.9  # share of seeds in which u2a must be best
+SEEDS_FLOOR = 0.9  # share of seeds in which a claim must hold
 
 Row = Mapping[str, Any]
 
@@ -61,16 +61,17 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
 def claims(rows: Sequence[Row], curvature: str, rank_correlation: float) -> list[dict[str, Any]]:
     """Each claim as a sentence with its figures, and whether it holds; a claim that fails is printed all the same."""
     seeds = _by_seed(rows)
-    aucs = [arms["u2a"][f"auc_{curvature}"] for arms in seeds.values()]
+    aucs = np.array([arms["u2a"][f"auc_{curvature}"] for arms in seeds.values()])
+    clear = int((aucs >= AUC_FLOOR).sum())
     lowest = sum(_beats_all(arms, "heldout_loss") for arms in seeds.values())
     matched = sum(_beats_all(arms, "matched_loss") for arms in seeds.values())
     n, others = len(seeds), "uniform, random and bottom"
     return [
         {
             "name": "auc",
-            "holds": min(aucs) >= AUC_FLOOR,
-            "text": f"Planted harmful negatives score above planted harmless ones: AUC {min(aucs):.3f} at worst and "
-            f"{np.mean(aucs):.3f} on average over {n} seeds (asked: {AUC_FLOOR}).",
+            "holds": clear >= SEEDS_FLOOR * n,
+            "text": f"Planted harmful negatives score above planted harmless ones: AUC {aucs.mean():.3f} on average, "
+            f"{aucs.min():.3f} at worst, at least {AUC_FLOOR} in {clear} of {n} seeds (asked: {SEEDS_FLOOR:.0%}).",
         },
         {
             "name": "matched steps",

@@ -30,7 +30,7 @@ from u2a_fast.selection import Selection, select
 from u2a_fast.statistics import auc
 from u2a_fast.unlearning import UnlearnConfig, unlearn
 
-__all__ = ["ARMS", "Lab", "Settings", "matched_losses", "prepare", "realized_gains", "run_arms", "score_and_select"]
+__all__ = ["ARMS", "Lab", "Settings", "choose", "harm_auc", "matched_losses", "prepare", "realized_gains", "run_arms"]
 
 ARMS = ("u2a", "uniform", "random", "bottom")
 
@@ -47,6 +47,7 @@ class Settings:
     batch_size: int = 16
     learning_rate: float = 3e-5
     look_every: int = 10
+    rounds: int = 3
     realized_sample: int = 32
     realized_steps: int = 3
 
@@ -106,15 +107,9 @@ def prepare(seed: int, folder: Path, settings: Settings, device: torch.device | 
     )
 
 
-def score_and_select(lab: Lab, settings: Settings) -> tuple[Scores, Selection, dict[str, float]]:
-    """Scores at the trained model, the selection of the ``u2a`` arm, and the AUC of each curvature's scores."""
-    objective = DPO(lab.preferences)
-    tables = {name: InfluenceScorer(lab.model, lab.tokenizer, objective, name) for name in ("identity", "fisher")}
-    scores = {name: scorer.score(lab.negatives) for name, scorer in tables.items()}
-    aucs = {name: harm_auc(table.score, lab.kinds) for name, table in scores.items()}
-    chosen = scores[settings.curvature]
-    k = round(settings.share * len(lab.negatives))
-    return chosen, select(chosen, strategy="top-k", k=k, weights="eg"), aucs
+def choose(scores: Scores, settings: Settings) -> Selection:
+    """The selection of the ``u2a`` arm."""
+    return select(scores, strategy="top-k", k=round(settings.share * len(scores)), weights="eg")
 
 
 def harm_auc(score: np.ndarray, kinds: np.ndarray) -> float:
@@ -135,52 +130,57 @@ def _members(lab: Lab, scores: Scores, selection: Selection) -> dict[str, tuple[
     }
 
 
-def run_arms(lab: Lab, scores: Scores, selection: Selection, settings: Settings, folder: Path) -> list[dict[str, Any]]:
-    """Run every arm from the same model.
+def run_arms(lab: Lab, settings: Settings, folder: Path) -> list[dict[str, Any]]:
+    """Score with both curvatures, and run every arm from the same model.
 
     Returns:
-        One row an arm: ``heldout_loss`` and ``heldout_accuracy`` (DPO against the model before unlearning, on pairs
-        that no score has seen), ``nll_rise`` (forgetting: rise of the mean NLL of all negatives, nats a token),
-        ``utility_rise`` (the same of the positives), ``path`` of (nll_rise, held-out loss) along the run,
-        ``matched_loss``.
+        One row an arm: ``seed``, ``arm``, ``auc_identity`` and ``auc_fisher`` of its scores, ``heldout_loss`` and
+        ``heldout_accuracy`` (DPO against the model before unlearning, on pairs that no score has seen), ``nll_rise``
+        (forgetting: rise of the mean NLL of all negatives, nats a token), ``utility_rise`` (the same of the positives),
+        ``path`` of (nll_rise, held-out loss) along the run, ``matched_rise`` and ``matched_loss`` (see
+        ``matched_losses``).
     """
+    objective = DPO(lab.preferences)
+    scorers = {name: InfluenceScorer(lab.model, lab.tokenizer, objective, name) for name in ("identity", "fisher")}
+    tables = {name: scorer.score(lab.negatives) for name, scorer in scorers.items()}
+    aucs = {f"auc_{name}": harm_auc(table.score, lab.kinds) for name, table in tables.items()}
+    members = _members(lab, tables[settings.curvature], choose(tables[settings.curvature], settings))
+    rows = [
+        {"seed": lab.seed, "arm": arm, **aucs, **_run_arm(lab, *of, settings, folder / arm)}
+        for arm, of in members.items()
+    ]
+    level, losses = matched_losses([row["path"] for row in rows])
+    return [{**row, "matched_rise": level, "matched_loss": loss} for row, loss in zip(rows, losses, strict=True)]
+
+
+def _run_arm(lab: Lab, index: np.ndarray, weights: np.ndarray, settings: Settings, folder: Path) -> dict[str, Any]:
     heldout = DPO(lab.heldout).prepare(lab.model)
     before = mean_nll(lab.model, lab.negatives).mean()
     utility = mean_nll(lab.model, [row["example"] for row in lab.positives]).mean()
-    rows: list[dict[str, Any]] = []
-    for arm, (index, weights) in _members(lab, scores, selection).items():
-        model = copy.deepcopy(lab.model)
-        path = [(0.0, heldout.value(model))]
+    model = copy.deepcopy(lab.model)
+    path = [(0.0, heldout.value(model))]
 
-        def look(
-            done: int, total: int, model: LlamaForCausalLM = model, path: list[tuple[float, float]] = path
-        ) -> None:
-            if done % settings.look_every == 0 or done == total:
-                path.append((float(mean_nll(model, lab.negatives).mean() - before), heldout.value(model)))
+    def look(done: int, total: int) -> None:
+        if done % settings.look_every == 0 or done == total:
+            path.append((float(mean_nll(model, lab.negatives).mean() - before), heldout.value(model)))
 
-        unlearn(
-            model,
-            lab.tokenizer,
-            [lab.negatives[i] for i in index],
-            weights.tolist(),
-            config=settings.unlearning(lab.seed),
-            output_dir=folder / arm,
-            on_progress=look,
-        )
-        margins = heldout.margins(heldout.logprobs(model).cpu())
-        rows.append(
-            {
-                "seed": lab.seed,
-                "arm": arm,
-                "heldout_loss": path[-1][1],
-                "heldout_accuracy": float((margins > 0).double().mean()),
-                "nll_rise": path[-1][0],
-                "utility_rise": float(mean_nll(model, [row["example"] for row in lab.positives]).mean() - utility),
-                "path": path,
-            }
-        )
-    level, losses = matched_losses([row["path"] for row in rows])
-    return [{**row, "matched_rise": level, "matched_loss": loss} for row, loss in zip(rows, losses, strict=True)]
+    unlearn(
+        model,
+        lab.tokenizer,
+        [lab.negatives[i] for i in index],
+        weights.tolist(),
+        config=settings.unlearning(lab.seed),
+        output_dir=folder,
+        on_progress=look,
+    )
+    margins = heldout.margins(heldout.logprobs(model).cpu())
+    return {
+        "heldout_loss": path[-1][1],
+        "heldout_accuracy": float((margins > 0).double().mean()),
+        "nll_rise": path[-1][0],
+        "utility_rise": float(mean_nll(model, [row["example"] for row in lab.positives]).mean() - utility),
+        "path": path,
+    }
 
 
 def matched_losses(paths: Sequence[Sequence[tuple[float, float]]]) -> tuple[float, list[float]]:

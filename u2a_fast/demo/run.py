@@ -19,16 +19,16 @@ from rich.table import Table
 
 from u2a_fast.demo.claims import claims, seed_rows, summary
 from u2a_fast.demo.corpus import CorpusSize
-from u2a_fast.demo.experiment import Lab, Settings, prepare, realized_gains, run_arms, score_and_select
+from u2a_fast.demo.experiment import Lab, Settings, choose, harm_auc, prepare, realized_gains, run_arms
 from u2a_fast.evaluation import evaluate
 from u2a_fast.influence.objectives import DPO
-from u2a_fast.influence.scorer import InfluenceScorer
+from u2a_fast.influence.scorer import InfluenceScorer, Scores
 from u2a_fast.influence.signal import signal_check
 from u2a_fast.manifest import RunRecord
 from u2a_fast.models.loading import resolve_device
 from u2a_fast.report import write_report
 from u2a_fast.statistics import spearman
-from u2a_fast.store import score_to_parquet, sha256_of_files, write_selection, write_text
+from u2a_fast.store import read_scores, score_to_parquet, sha256_of_files, write_selection, write_text
 from u2a_fast.unlearning import AlignConfig, align, unlearn
 
 __all__ = ["FAST", "SEEDS", "run"]
@@ -37,9 +37,10 @@ SEEDS = tuple(range(10, 20))  # none of them was run before the settings were fi
 FAST = Settings(
     size=CorpusSize(harmful=120, mislabeled=80, duplicates=40, positives=200, preferences=96, heldout=48),
     steps=24,
-    realized_sample=6,
+    look_every=12,
+    rounds=2,
+    realized_sample=4,
 )
-_ROUNDS = 3
 
 _DESCRIPTION = [
     "A tiny language model was trained on good and bad answers of a synthetic corpus whose truth is known. Among its "
@@ -85,6 +86,17 @@ def _frozen_heap() -> Iterator[None]:
 
 
 @contextmanager
+def _one_thread() -> Iterator[None]:
+    """A single thread: tensors this small lose by sharing, and figures then do not depend on the number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def _recorded(command: str, lab: Lab, out: Path, **options: Any) -> Iterator[dict[str, Any]]:
     """run.yaml beside a result, as the verb of that name would write it; the block fills in the result."""
     used = {"negatives": str(lab.paths["negatives"].absolute()), "seed": lab.seed, **options}
@@ -114,10 +126,11 @@ def _main_job(lab: Lab, settings: Settings, out: Path, log: _Log) -> float:
         write_text(out / "score" / "skipped.jsonl", "")
         result |= {"rows": written.rows, "nonfinite": written.nonfinite}
     log(f"signal check: cosine of gradient halves {signal.cosine:.3f}, Spearman of their scores {signal.spearman:.3f}")
-    scores, selection, aucs = score_and_select(lab, settings)
+    scores = Scores(**read_scores(out / "score"))
+    selection = choose(scores, settings)
     with _recorded("select", lab, out / "select", strategy="top-k", k=len(selection), weights="eg"):
         write_selection(out / "select" / "selection.parquet", selection)
-    log(f"scored {len(scores)} negatives: AUC {aucs[settings.curvature]:.3f}; selected {len(selection)}, "
+    log(f"scored {len(scores)} negatives: AUC {harm_auc(scores.score, lab.kinds):.3f}; selected {len(selection)}, "
         f"effective sample size {selection.effective_sample_size:.0f}")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         realized = realized_gains(lab, scores, settings, Path(folder))
@@ -146,15 +159,23 @@ def _unlearn_once(lab: Lab, index: np.ndarray, weight: np.ndarray, settings: Set
 def _loop(lab: Lab, settings: Settings, k: int, out: Path, log: _Log) -> None:
     """The loop on the same model, and the evaluation of what it ends with, on pairs that the loop has not seen."""
     config = AlignConfig(
-        rounds=_ROUNDS,
-        unlearn=replace(settings.unlearning(lab.seed), max_drift=1.0),
+        rounds=settings.rounds,
+        unlearn=replace(settings.unlearning(lab.seed), loss="graddiff", max_drift=1.0),
         k=k,
         curvature=settings.curvature,
         seed=lab.seed,
     )
     model = copy.deepcopy(lab.model)
     with _recorded("align", lab, out / "align", **asdict(config)) as result:
-        done = align(model, lab.tokenizer, lab.negatives, DPO(lab.preferences), config=config, output_dir=out / "align")
+        done = align(
+            model,
+            lab.tokenizer,
+            lab.negatives,
+            DPO(lab.preferences),
+            config=config,
+            retain=lab.positives,
+            output_dir=out / "align",
+        )
         result |= {"best_round": done.best_round, "stopped": done.stopped}
     with _recorded("evaluate", lab, out / "evaluate", model=str((out / "align" / "model").absolute())) as result:
         sets = {"preferences": lab.heldout, "negatives": lab.negatives, "positives": lab.positives}
@@ -173,11 +194,10 @@ def _experiment(seeds: Sequence[int], settings: Settings, device: torch.device, 
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             lab = prepare(seed, folder / "corpus", settings, device)
-            scores, selection, aucs = score_and_select(lab, settings)
-            own = run_arms(lab, scores, selection, settings, folder / "arms")
-        rows += [{**row, "auc_identity": aucs["identity"], "auc_fisher": aucs["fisher"]} for row in own]
+            own = run_arms(lab, settings, folder / "arms")
+        rows += own
         losses = ", ".join(f"{row['arm']} {row['heldout_loss']:.3f}" for row in own)
-        log(f"seed {seed}: AUC {aucs[settings.curvature]:.3f}; held-out loss {losses}")
+        log(f"seed {seed}: AUC {own[0][f'auc_{settings.curvature}']:.3f}; held-out loss {losses}")
     return rows
 
 
@@ -208,11 +228,11 @@ def run(
     chosen = list(seeds) if seeds is not None else list(SEEDS[:2] if fast else SEEDS)
     for part in ("corpus", "model", "score", "select", "unlearn", "align", "evaluate"):
         shutil.rmtree(out / part, ignore_errors=True)
-    lab = prepare(seed, out / "corpus", settings, place)
-    lab.model.save_pretrained(out / "model")
-    lab.tokenizer.save_pretrained(out / "model")
-    log(f"trained a model of {lab.model.num_parameters():,} parameters to {lab.training_nll:.2f} nats a token")
-    with _frozen_heap():
+    with _one_thread(), _frozen_heap():
+        lab = prepare(seed, out / "corpus", settings, place)
+        lab.model.save_pretrained(out / "model")
+        lab.tokenizer.save_pretrained(out / "model")
+        log(f"trained a model of {lab.model.num_parameters():,} parameters to {lab.training_nll:.2f} nats a token")
         rank = _main_job(lab, settings, out, log)
         rows = _experiment(chosen, settings, place, log)
     judged = claims(rows, settings.curvature, rank)

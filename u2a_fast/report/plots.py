@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 __all__ = [
-    "arm_losses",
+    "by_arm",
     "cumulative_gain",
     "forgetting_paths",
     "kinds_found",
@@ -159,25 +159,25 @@ def round_metric(name: str, values: Sequence[tuple[float, float]]) -> bytes:
     return _png(draw, name, "rounds done", "", size=(3.7, 2.5))
 
 
-def arm_losses(rows: Sequence[Mapping[str, Any]], key: str, title: str, before: float | None) -> bytes:
+def by_arm(rows: Sequence[Mapping[str, Any]], key: str, title: str, ylabel: str, before: float | None = None) -> bytes:
     """One figure of every arm in every seed; a line joins each seed's arms."""
     arms = list(dict.fromkeys(row["arm"] for row in rows))
 
     def draw(axes: Axes) -> None:
         for seed in dict.fromkeys(row["seed"] for row in rows):
-            values = {row["arm"]: row[key] for row in rows if row["seed"] == seed and row[key] is not None}
+            values = {row["arm"]: row[key] for row in rows if row["seed"] == seed}
             axes.plot([arms.index(arm) for arm in values], list(values.values()), color=_GRID, linewidth=1, zorder=1)
         for i, arm in enumerate(arms):
-            y = [row[key] for row in rows if row["arm"] == arm and row[key] is not None]
+            y = [row[key] for row in rows if row["arm"] == arm]
             axes.scatter([i] * len(y), y, s=22, alpha=0.8, color=_SERIES[i % len(_SERIES)], zorder=2)
         if before is not None:
             axes.axhline(before, color=_MUTED, linestyle="--", linewidth=1, label="before unlearning")
         axes.set_xticks(range(len(arms)), arms)
 
-    return _png(draw, title, "", "held-out preference loss")
+    return _png(draw, title, "", ylabel)
 
 
-def forgetting_paths(paths: Mapping[str, Sequence[tuple[float, float]]]) -> bytes:
+def forgetting_paths(paths: Mapping[str, Sequence[tuple[float, float]]], title: str) -> bytes:
     """Held-out preference loss against how much each arm has forgotten, along its run."""
 
     def draw(axes: Axes) -> None:
@@ -185,9 +185,4 @@ def forgetting_paths(paths: Mapping[str, Sequence[tuple[float, float]]]) -> byte
             x, y = zip(*path, strict=True)
             axes.plot(x, y, marker="o", markersize=3, color=_SERIES[i % len(_SERIES)], linewidth=1.6, label=arm)
 
-    return _png(
-        draw,
-        "At matched forgetting (one seed)",
-        "rise of the mean NLL of all negatives, nats a token",
-        "held-out preference loss",
-    )
+    return _png(draw, title, "forgetting: rise of the negatives' mean NLL, nats a token", "held-out preference loss")

@@ -19,7 +19,7 @@ _ROUND_PLOTS = 6
 
 def sections(found: Artifacts) -> list[Section]:
     """Every section for which there is something to show, in reading order."""
-    made = (_demo(found), _signal(found), _scores(found), _realized(found), _selection(found), _rounds(found))
+    made = (_demo(found), _signal(found), _scores(found), _selection(found), _rounds(found))
     rest = (_metrics(found), _examples(found), _left_out(found), _provenance(found))
     return [section for section in (*made, *rest) if section is not None]
 
@@ -55,14 +55,14 @@ def _demo(found: Artifacts) -> Section | None:
     demo, rows = found.demo, found.demo["rows"]
     section = Section("What the demo set out to show", list(demo["description"]))
     section.notices = [Notice(claim["text"], good=claim["holds"]) for claim in demo["claims"]]
-    first = {row["arm"]: row["path"] for row in rows if row["seed"] == rows[0]["seed"]}
-    drawn = {
-        "At matched steps: held-out loss": plots.by_arm(rows, "heldout_loss", demo["before"]),
-        "At matched steps: held-out accuracy": plots.by_arm(rows, "heldout_accuracy", None),
-        "At matched forgetting: held-out loss": plots.by_arm(rows, "matched_loss", demo["before"]),
-        f"Along the run of seed {rows[0]['seed']}": plots.forgetting_paths(first),
-    }
-    section.figures = [figure(plots.png(draw, title, *labels), title) for title, (draw, *labels) in drawn.items()]
+    seed, loss, before = rows[0]["seed"], "held-out preference loss", demo["before"]
+    paths = {row["arm"]: row["path"] for row in rows if row["seed"] == seed}
+    section.figures = [
+        figure(plots.by_arm(rows, "heldout_loss", "At matched steps", loss, before), "loss at matched steps"),
+        figure(plots.by_arm(rows, "matched_loss", "At matched forgetting", loss, before), "loss at matched forgetting"),
+        figure(plots.by_arm(rows, "heldout_accuracy", "At matched steps", "held-out accuracy"), "held-out accuracy"),
+        figure(plots.forgetting_paths(paths, f"Along the run of seed {seed}"), "loss along forgetting"),
+    ]
     section.tables = [
         table(demo["summary"]["header"], demo["summary"]["rows"], title="Means over seeds"),
         *(table(list(of[0]), [list(row.values()) for row in of], title=title) for title, of in demo["seeds"].items()),
@@ -114,21 +114,18 @@ def _scores(found: Artifacts) -> Section | None:
         section.text.append(
             f"A planted harmful answer scores above a planted harmless one with probability {value:.3f} (AUC)."
         )
+    if found.realized:
+        _add_realized(section, found.realized)
     return section
 
 
-def _realized(found: Artifacts) -> Section | None:
-    if not found.realized:
-        return None
-    rows = found.realized
+def _add_realized(section: Section, rows: list[dict[str, Any]]) -> None:
     rank = spearman(np.array([r["predicted"] for r in rows]), np.array([r["realized"] for r in rows]))
-    section = Section("Predicted against realized")
     section.text.append(
-        f"{len(rows)} negatives were each unlearned alone, a few small steps from the scored model, and the fall of "
-        f"the preference loss was measured. Spearman {rank:.3f}."
+        f"{len(rows)} negatives were each unlearned alone, a few small steps from the scored model: the fall of the "
+        f"preference loss has Spearman {rank:.3f} with the score."
     )
     section.figures.append(figure(plots.realized_gain(rows, rank), "predicted against realized gain"))
-    return section
 
 
 def _selection(found: Artifacts) -> Section | None:

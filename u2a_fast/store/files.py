@@ -44,8 +44,8 @@ def sha256_of_file(path: Path) -> str:
 
 
 def sha256_of_files(paths: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 of every path: of a folder, of each file directly inside it."""
+    """SHA-256 by absolute path: of every file, and for a folder of each file directly inside it."""
     files: list[Path] = []
     for path in paths:
         files += sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    return {str(file): sha256_of_file(file) for file in files}
+    return {str(file.absolute()): sha256_of_file(file) for file in files}

@@ -6,6 +6,7 @@ stops falling.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +21,7 @@ from u2a_fast.data.packing import Example
 from u2a_fast.influence.objectives import Objective
 from u2a_fast.influence.scorer import InfluenceScorer, Scores
 from u2a_fast.selection import Selection, exponentiated_gradient, released_exponentiated_gradient, select
-from u2a_fast.store import write_text
+from u2a_fast.store import write_selection, write_text
 from u2a_fast.unlearning.config import AlignConfig
 from u2a_fast.unlearning.fingerprint import check_fingerprint, hash_examples, hash_model, hash_plain
 from u2a_fast.unlearning.measure import example_of, nlls, sample_positions
@@ -128,10 +129,13 @@ class _Loop:
 
     def preference_losses(self) -> dict[str, float]:
         budget = self.config.token_budget_per_batch
-        return {
+        losses = {
             "preference_loss_train": self.objective.value(self.model, token_budget=budget),
             "preference_loss_heldout": self.heldout.value(self.model, token_budget=budget),
         }
+        if not all(map(math.isfinite, losses.values())):
+            raise FloatingPointError(f"[align] expected finite preference losses, got {losses}")
+        return losses
 
     def mean_nll(self, examples: Sequence[Example]) -> float | None:
         if not examples:
@@ -194,6 +198,32 @@ class _Loop:
             )
         return replace(chosen, weight=update.weight, temper=update.temper)
 
+    def unlearn(self, number: int, selection: Selection) -> dict[str, Any]:
+        """Unlearn the selection and say what it did."""
+        weight = dict(zip(selection.index.tolist(), selection.weight.tolist(), strict=True))
+        positions, chosen = sorted(weight), self._take(set(weight))
+        before, at_start = self.measure(chosen), self.nll_reference()
+        folder = RoundFiles(self.out, number).folder / "trainer"
+        outcome = train(
+            self.model,
+            chosen,
+            [weight[i] for i in positions],
+            config=replace(self.config.unlearn, seed=self.config.unlearn.seed + number, save_every=None),
+            folder=folder,
+            retain=self.retain,
+            reference=self.original,
+            nll_reference=None if at_start is None else at_start[positions].tolist(),
+            on_progress=lambda done, total: self.report(number, "unlearn", done, total),
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+        return {
+            **{f"{key}_before": value for key, value in before.items()},
+            **self.measure(chosen),
+            "steps": outcome.steps,
+            "drift": outcome.drift,
+            "stopped_by_drift": outcome.stopped_by_drift,
+        }
+
     def run_round(self, number: int) -> dict[str, Any] | None:
         """One round from the model as it is; None where no negative is worth unlearning."""
         files = RoundFiles(self.out, number)
@@ -203,24 +233,7 @@ class _Loop:
         if not self.has_gain(scores):
             return None
         selection = self.choose(scores, number)
-        files.write_selection(selection)
-        weight = dict(zip(selection.index.tolist(), selection.weight.tolist(), strict=True))
-        chosen = self._take(set(weight))
-        positions = sorted(weight)
-        before = self.measure(chosen)
-        at_start = self.nll_reference()
-        outcome = train(
-            self.model,
-            chosen,
-            [weight[i] for i in positions],
-            config=replace(self.config.unlearn, seed=self.config.unlearn.seed + number, save_every=None),
-            folder=files.folder / "trainer",
-            retain=self.retain,
-            reference=self.original,
-            nll_reference=None if at_start is None else at_start[positions].tolist(),
-            on_progress=lambda done, total: self.report(number, "unlearn", done, total),
-        )
-        shutil.rmtree(files.folder / "trainer", ignore_errors=True)
+        write_selection(files.selection, selection)
         metrics = {
             "round": number,
             "selected": len(selection),
@@ -228,11 +241,7 @@ class _Loop:
             "temper": selection.temper,
             "nonfinite": scores.nonfinite,
             "predicted_gain_rate": float(selection.score @ selection.weight) / len(selection),
-            **{f"{key}_before": value for key, value in before.items()},
-            **self.measure(chosen),
-            "steps": outcome.steps,
-            "drift": outcome.drift,
-            "stopped_by_drift": outcome.stopped_by_drift,
+            **self.unlearn(number, selection),
         }
         files.finish(self.model, metrics)
         return metrics

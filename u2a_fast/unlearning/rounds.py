@@ -15,15 +15,10 @@ import pyarrow.parquet as pq
 from torch import nn
 
 from u2a_fast.influence.scorer import Scores
-from u2a_fast.selection import Selection
-from u2a_fast.store import write_atomically, write_text
+from u2a_fast.store import read_selection, write_atomically, write_text
 from u2a_fast.unlearning.snapshot import save_trainable
 
 __all__ = ["RoundFiles", "complete_rounds", "drop_parameters"]
-
-
-def _write_table(path: Path, columns: Mapping[str, Any]) -> None:
-    write_atomically(path, lambda temporary: pq.write_table(pa.table(dict(columns)), temporary))
 
 
 class RoundFiles:
@@ -31,6 +26,7 @@ class RoundFiles:
 
     def __init__(self, out: Path, number: int) -> None:
         self.folder = out / f"round-{number:02d}"
+        self.selection = self.folder / "selection.parquet"
         self.parameters = self.folder / "parameters.safetensors"
 
     def start_over(self) -> None:
@@ -41,15 +37,8 @@ class RoundFiles:
     def write_scores(self, scores: Scores) -> None:
         """One row a negative: id, score, nll, tokens."""
         ids = pa.array([str(i) for i in scores.id], pa.string())
-        columns = {"id": ids, "score": scores.score, "nll": scores.nll, "tokens": scores.tokens}
-        _write_table(self.folder / "scores.parquet", columns)
-
-    def write_selection(self, selection: Selection) -> None:
-        """One row a chosen negative, highest score first: id, score, weight."""
-        ids = pa.array([str(i) for i in selection.id], pa.string())
-        _write_table(
-            self.folder / "selection.parquet", {"id": ids, "score": selection.score, "weight": selection.weight}
-        )
+        table = pa.table({"id": ids, "score": scores.score, "nll": scores.nll, "tokens": scores.tokens})
+        write_atomically(self.folder / "scores.parquet", lambda temporary: pq.write_table(table, temporary))
 
     def finish(self, model: nn.Module, metrics: Mapping[str, Any]) -> None:
         """Write the trainable parameters and then the metrics."""
@@ -62,8 +51,8 @@ class RoundFiles:
 
     def weights(self) -> dict[str, float]:
         """Weight of every chosen negative by id."""
-        table = pq.read_table(self.folder / "selection.parquet")
-        return dict(zip(table.column("id").to_pylist(), table.column("weight").to_pylist(), strict=True))
+        table = read_selection(self.selection)
+        return dict(zip(table["id"].tolist(), table["weight"].tolist(), strict=True))
 
 
 def complete_rounds(out: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,63 @@
+"""The public U2A procedure, re-expressed, and the forward pass that all costs are counted in."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from u2a_fast.data.packing import IGNORE_INDEX, Example, pack
+from u2a_fast.models.decoder import Decoder
+
+__all__ = ["PublicProcedure", "forward_answer_head", "forward_full_head"]
+
+
+class PublicProcedure:
+    """<direction, grad NLL_i> as the release does it: one example at a time, padded, a full gradient, flattened.
+
+    Its loss is the model's own mean cross-entropy over the labels; its arithmetic is autograd's, so it is also the
+    check of every exact score.
+
+    Args:
+        model: a transformers causal LM, all of whose parameters have gradients.
+        direction: a tensor for every parameter name.
+        padded: tokens that every example is padded to on the right, under an attention mask; None: its own length.
+    """
+
+    def __init__(self, model: nn.Module, direction: Mapping[str, Tensor], padded: int | None = None) -> None:
+        self.model = model.requires_grad_(True)
+        self.parameters = dict(model.named_parameters())
+        self.flat = torch.cat([direction[name].flatten() for name in self.parameters])
+        self.padded = padded
+
+    def __call__(self, examples: Sequence[Example]) -> Tensor:
+        """Scores (B) float32."""
+        return torch.stack([self._one(example) for example in examples])
+
+    def _one(self, example: Example) -> Tensor:
+        loss = self.model(**self._batch(example), use_cache=False).loss
+        gradients = torch.autograd.grad(loss, list(self.parameters.values()))
+        return torch.cat([gradient.flatten() for gradient in gradients]) @ self.flat
+
+    def _batch(self, example: Example) -> dict[str, Tensor]:
+        ids, labels = (torch.as_tensor(example[key])[None] for key in ("input_ids", "labels"))
+        missing = (self.padded or ids.shape[1]) - ids.shape[1]
+        pad = torch.nn.functional.pad
+        mask = pad(torch.ones_like(ids), (0, missing))
+        return {
+            "input_ids": pad(ids, (0, missing)),
+            "attention_mask": mask,
+            "labels": pad(labels, (0, missing), value=IGNORE_INDEX),
+        }
+
+
+def forward_full_head(decoder: Decoder, examples: Sequence[Example]) -> Any:
+    """One forward pass over the packed tokens, logits of every token included: the unit of cost."""
+    with torch.no_grad():
+        return decoder.head_module(decoder.hidden(pack(examples, decoder.device)))
+
+
+def forward_answer_head(decoder: Decoder, examples: Sequence[Example]) -> Tensor:
+    """The same with the head on the scored tokens only, by ``linear_logprob``."""
+    with torch.no_grad():
+        return decoder.token_logprobs(pack(examples, decoder.device))

@@ -1,0 +1,184 @@
+"""Exact scoring against one forward pass over the same packed tokens, and against the public U2A procedure.
+
+    python -m benchmarks.score [--only llama|hh] [--count N] [--rounds 3] [--threads 1] [--out rows.jsonl]
+
+Contestants take turns on the same block of examples (a batch of 2048 tokens, as the scorer plans it), block by block in
+one process; ratios are of the totals, with the spread over blocks. The gate: scores agree with per-example autograd to
+1e-4 (float32), and rank as float32 does with a Spearman correlation of 0.995 (bfloat16). Setting up, paid once however
+many negatives follow, is reported apart.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.baselines import PublicProcedure, forward_answer_head, forward_full_head
+from benchmarks.machine import has_cpu_flag
+from benchmarks.rows import Row, make_row, write_rows
+from benchmarks.timing import once, ratios
+from benchmarks.workloads import HH_TOKENS, Workload, hh, hh_missing, llama
+from u2a_fast.data.packing import Example, batched
+from u2a_fast.influence.derivatives import DerivativePass
+from u2a_fast.models.decoder import Decoder
+from u2a_fast.statistics import spearman
+
+__all__ = ["main", "measure"]
+
+TOKEN_BUDGET = 2048
+AGREEMENT = 1e-4  # float32 scores, relative to each example's autograd score
+RANKING = 0.995  # bfloat16 scores, Spearman against float32
+CHECKED = 16  # examples whose scores are compared with autograd where the public procedure does not score them all
+
+Contestant = Callable[[Sequence[Example]], Any]
+
+
+class GateError(RuntimeError):
+    """Scores are wrong, so their speed is no result."""
+
+
+def _contestants(
+    workload: Workload, public: bool, stack: ExitStack
+) -> tuple[dict[str, Contestant], dict[str, float], PublicProcedure]:
+    """Contestants by name, seconds that u2a_fast's take to set up, and per-example autograd."""
+    direction = workload.direction()
+    # Each works on a model of its own: the procedure needs gradients of weights, bfloat16 other weights.
+    setup: dict[str, float] = {}
+    contestants: dict[str, Contestant] = {}
+    for name, dtype in (("fp32", None), ("bf16", torch.bfloat16)):
+        model = copy.deepcopy(workload.model)
+
+        def prepare(model: Any = model, dtype: torch.dtype | None = dtype, name: str = name) -> None:
+            passes = DerivativePass(model, [direction], dtype=dtype)
+            stack.enter_context(passes.running())
+            contestants[name] = lambda examples: passes(examples).derivatives[0]
+
+        setup[name] = once(prepare)
+    decoder = Decoder(copy.deepcopy(workload.model))
+    contestants["forward"] = lambda examples: forward_full_head(decoder, examples)
+    contestants["forward_answer"] = lambda examples: forward_answer_head(decoder, examples)
+    autograd = PublicProcedure(workload.model, direction)
+    if public:
+        contestants["public_padded"] = PublicProcedure(workload.model, direction, padded=HH_TOKENS)
+        contestants["public"] = autograd
+    return contestants, setup, autograd
+
+
+def _gate(workload: Workload, contestants: dict[str, Contestant], exact: np.ndarray) -> dict[str, float]:
+    """Scores of all examples in float32 and bfloat16, judged; raises GateError."""
+    scores = {name: np.empty(len(workload.examples)) for name in ("fp32", "bf16")}
+    for positions, batch in batched(workload.examples, TOKEN_BUDGET):
+        for name, found in scores.items():
+            found[positions] = contestants[name](batch).double().numpy()
+    checked = scores["fp32"][: len(exact)]
+    error = float(np.max(np.abs(checked - exact) / np.abs(exact)))
+    ranking = spearman(scores["bf16"], scores["fp32"])
+    if not error <= AGREEMENT:
+        raise GateError(f"{workload.name}: float32 scores differ from autograd by {error:.1e} (relative)")
+    if not ranking >= RANKING:
+        raise GateError(f"{workload.name}: bfloat16 scores rank as float32 by a Spearman correlation of {ranking:.4f}")
+    return {"relative_error": error, "spearman_bf16": ranking, "checked": len(exact)}
+
+
+def measure(workload: Workload, *, rounds: int, public: bool) -> Row:
+    """One row: totals, units of a forward pass and, with ``public``, rates against the public procedure."""
+    with ExitStack() as stack:
+        contestants, setup, autograd = _contestants(workload, public, stack)
+        checked = workload.examples if public else workload.examples[:CHECKED]
+        judged = _gate(workload, contestants, autograd(checked).double().numpy())
+        blocks = [batch for _, batch in batched(workload.examples, TOKEN_BUDGET)]
+        times: dict[str, list[float]] = {name: [] for name in contestants}
+        for i in range(rounds * len(blocks)):
+            for name in list(times)[:: 1 if i % 2 == 0 else -1]:
+                times[name].append(once(lambda name=name, i=i: contestants[name](blocks[i % len(blocks)])))
+    gate = (
+        f"float32 scores of {judged['checked']} examples within {judged['relative_error']:.1e} (relative) of "
+        f"per-example autograd; Spearman of bfloat16 against float32 {judged['spearman_bf16']:.5f}"
+    )
+    return make_row("scoring", workload.name, _values(workload, times, setup, rounds) | judged, gate=gate)
+
+
+def _values(workload: Workload, times: dict[str, list[float]], setup: dict[str, float], rounds: int) -> dict[str, Any]:
+    total = {name: sum(samples) for name, samples in times.items()}
+    parameters = sum(p.numel() for p in workload.model.parameters())
+    tokens = sum(len(example["input_ids"]) - 1 for example in workload.examples)
+    unit = sum(times["forward"]) / rounds
+    values: dict[str, Any] = {
+        "parameters": parameters,
+        "examples": len(workload.examples),
+        "tokens": tokens,
+        "rounds": rounds,
+        "blocks": len(times["forward"]) // rounds,
+        "avx512_bf16": has_cpu_flag("avx512_bf16"),
+        "forward_seconds": unit,
+        "forward_gflops": 2 * parameters * tokens / unit / 1e9,
+        "examples_per_second": {n: rounds * len(workload.examples) / t for n, t in total.items()},
+        "units": {n: t / total["forward"] for n, t in total.items()},
+        "units_spread": {n: ratios(s, times["forward"]).to_list() for n, s in times.items()},
+        "setup_units": {n: seconds / unit for n, seconds in setup.items()},
+    }
+    values["speedup"] = {
+        f"{fast} over {slow}": {"total": total[slow] / total[fast], "spread": _ratio(times, slow, fast)}
+        for fast in ("fp32", "bf16")
+        for slow in ("public_padded", "public", "fp32")
+        if fast != slow and slow in total
+    }
+    return values
+
+
+def _ratio(times: dict[str, list[float]], numerator: str, denominator: str) -> list[float]:
+    return ratios(times[numerator], times[denominator]).to_list()
+
+
+def _report(row: Row) -> None:
+    print(
+        f"{row['case']}: {row['examples']} examples, {row['tokens']} tokens, {row['parameters'] / 1e6:.1f} M parameters"
+    )
+    print(f"  gate: {row['gate']}")
+    for name, units in row["units"].items():
+        p20, p50, p80 = row["units_spread"][name]
+        rate = row["examples_per_second"][name]
+        print(f"  {name:<15} {units:6.2f} units (blocks: {p20:.2f} / {p50:.2f} / {p80:.2f}), {rate:8.2f} examples/s")
+    for name, ratio in row["speedup"].items():
+        p20, p50, p80 = ratio["spread"]
+        print(f"  {name:<24} {ratio['total']:5.2f} x (blocks: {p20:.2f} / {p50:.2f} / {p80:.2f})")
+    print(f"  set up once: {', '.join(f'{n} {u:.2f} units' for n, u in row['setup_units'].items())}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 1 if a gate failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("llama", "hh"))
+    parser.add_argument("--count", type=int, help="examples to score (default: llama 64, hh 200)")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="merge the rows into this file")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    size = {} if options.count is None else {"count": options.count}
+    failed = 0
+    for name, make in (("llama", llama), ("hh", hh)):
+        if options.only not in (None, name):
+            continue
+        if name == "hh" and (reason := hh_missing()):
+            print(f"hh: skipped, {reason}")
+            continue
+        try:
+            row = measure(make(**size), rounds=options.rounds, public=name == "hh")
+        except GateError as error:
+            failed += 1
+            print(f"GATE FAILED, not timed: {error}", flush=True)
+            continue
+        _report(row)
+        if options.out:
+            write_rows(options.out, [row])
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,20 @@
+"""Settings of every test: one set of random numbers, and uninitialized memory that shows (NaN) when it is read."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fill every ``torch.empty``, also those of C++ kernels, with NaN for the length of a test."""
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    was_warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    was_filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(was_deterministic, warn_only=was_warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = was_filled

@@ -1,0 +1,355 @@
+"""Every op against its float64 reference over the case table, and what the table cannot say: views, bits, errors."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from u2a_fast import _register, ops, reference, testing
+from u2a_fast._register import OPS, extension_error, implementations
+from u2a_fast.testing import CASES, TIMING_CASES, Case
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOAT32 = [case for case in CASES if case.dtype == torch.float32]
+FLOAT64 = [case for case in CASES if case.dtype == torch.float64]
+LARGEST = {op: max((c for c in FLOAT32 if c.op == op), key=lambda c: testing.cost(c)[0]) for op in OPS}
+
+needs_extension = pytest.mark.skipif(extension_error is not None, reason=f"no C++ kernels: {extension_error}")
+
+
+def ident(case: Case) -> str:
+    return case.id
+
+
+def call(case: Case, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    out = getattr(ops, case.op)(**arguments)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def assert_same_bits(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> None:
+    for x, y in zip(first, second, strict=True):
+        assert torch.equal(x, y)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_every_part(op: str) -> None:
+    assert op in ops.__all__ and op in reference.__all__
+    assert {case.dtype for case in CASES if case.op == op} == set(testing.DTYPES)
+    assert any(case.op == op for case in TIMING_CASES)
+    assert op in testing.CONSTANTS
+    assert f'm.impl("{op}"' in (ROOT / "csrc" / "torch_ops.cpp").read_text()
+    assert f"def {op}(" in (ROOT / "kernels" / f"{op}.py").read_text()
+
+
+def test_case_names_are_unique() -> None:
+    names = [case.id for case in (*CASES, *TIMING_CASES)]
+    assert len(names) == len(set(names))
+
+
+@needs_extension
+@pytest.mark.parametrize("op", OPS)
+def test_extension_serves_the_cpu(op: str) -> None:
+    assert "cpu" in implementations(op)
+
+
+@pytest.mark.parametrize("case", CASES, ids=ident)
+def test_parity_with_float64_reference(case: Case) -> None:
+    arguments = testing.inputs(case)
+    assert testing.violations(case, arguments, call(case, arguments)) == []
+
+
+@pytest.mark.parametrize("case", CASES, ids=ident)
+def test_fallback_meets_the_same_budget(case: Case) -> None:
+    arguments = testing.inputs(case)
+    assert testing.violations(case, arguments, getattr(reference, case.op)(**arguments)) == []
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_budget_notices_a_wrong_result(op: str) -> None:
+    case = LARGEST[op]
+    arguments = testing.inputs(case)
+    for j in range(len(call(case, arguments))):
+        outputs = [x.clone() for x in call(case, arguments)]
+        outputs[j].view(-1)[-1] += 1e-3 * outputs[j].abs().max()
+        assert testing.violations(case, arguments, tuple(outputs))
+        outputs[j].view(-1)[-1] = torch.nan
+        assert testing.violations(case, arguments, tuple(outputs))
+
+
+@pytest.mark.parametrize("case", FLOAT32, ids=ident)
+def test_same_bits_twice_and_for_any_number_of_threads(case: Case) -> None:
+    arguments = testing.inputs(case)
+    with threads(1):
+        first, again = call(case, arguments), call(case, arguments)
+    with threads(3):
+        threaded = call(case, arguments)
+    assert_same_bits(first, again)
+    assert_same_bits(first, threaded)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_an_example_does_not_see_its_neighbors(dtype: torch.dtype) -> None:
+    lengths = (5, 40, 1, 17)
+    case = Case("ghost_dot", {"N": sum(lengths), "B": 4, "I": 70, "O": 45, "K": 2}, dtype, lengths)
+    a, g, cu_seqlens, v = testing.inputs(case).values()
+    together = ops.ghost_dot(a, g, cu_seqlens, v), ops.ghost_norm(a, g, cu_seqlens)
+    for i in range(len(lengths)):
+        rows = slice(int(cu_seqlens[i]), int(cu_seqlens[i + 1]))
+        alone = torch.tensor([0, lengths[i]], dtype=torch.int32)
+        assert torch.equal(together[0][:, i], ops.ghost_dot(a[rows], g[rows], alone, v)[:, 0])
+        assert torch.equal(together[1][i], ops.ghost_norm(a[rows], g[rows], alone)[0])
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_a_token_does_not_see_its_neighbors(dtype: torch.dtype) -> None:
+    arguments = testing.inputs(Case("linear_logprob", {"N": 45, "D": 33, "V": 301}, dtype, bias=True, softcap=5.0))
+    together = ops.linear_logprob(**arguments)
+    for row in (0, 13, 44):
+        alone = arguments | {"h": arguments["h"][row : row + 1], "target": arguments["target"][row : row + 1]}
+        assert_same_bits(ops.linear_logprob(**alone), tuple(x[row : row + 1] for x in together))
+
+
+def test_many_rows_and_columns_cross_every_block() -> None:
+    lengths = (700, 0, 1500)
+    ghost = Case("ghost_dot", {"N": 2200, "B": 3, "I": 20, "O": 300, "K": 1}, torch.float32, lengths)
+    wide = Case("ghost_dot", {"N": 3, "B": 1, "I": 4100, "O": 600, "K": 1}, torch.float32, (3,))
+    tall = Case("linear_logprob_backward", {"N": 2100, "D": 9, "V": 520}, torch.float32, bias=True)
+    broad = Case("linear_logprob_jvp", {"N": 4, "D": 2100, "V": 700, "K": 2}, torch.float32, softcap=9.0)
+    for case in (ghost, wide, tall, broad):
+        for dtype in testing.DTYPES:
+            typed = Case(**{**vars(case), "dtype": dtype})
+            arguments = testing.inputs(typed)
+            assert testing.violations(typed, arguments, call(typed, arguments)) == []
+
+
+def in_a_larger_one(x: Tensor, offset: int) -> Tensor:
+    """x as a view whose surroundings are NaN (or an id out of range), misaligned by ``offset`` elements."""
+    sentinel = torch.nan if x.is_floating_point() else -(2**30)
+    room = torch.full((*x.shape[:-1], x.shape[-1] + 7), sentinel, dtype=x.dtype)
+    view = room[..., offset : offset + x.shape[-1]]
+    return view.copy_(x)
+
+
+def transposed(x: Tensor, offset: int) -> Tensor:
+    """x with its last axis strided."""
+    return x.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
+@pytest.mark.parametrize("view", [in_a_larger_one, transposed])
+@pytest.mark.parametrize("offset", [1, 3])
+@pytest.mark.parametrize("op", OPS)
+def test_views_give_the_same_bits(op: str, offset: int, view: Callable[[Tensor, int], Tensor]) -> None:
+    for case in CASES:
+        if case.op != op or case.dtype not in (torch.float32, torch.bfloat16):
+            continue
+        arguments = testing.inputs(case)
+        views = {k: view(x, offset) if isinstance(x, Tensor) else x for k, x in arguments.items()}
+        assert_same_bits(call(case, views), call(case, arguments))
+        for name, x in arguments.items():
+            assert not isinstance(x, Tensor) or torch.equal(x, views[name]), f"{name} was written to"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_nan_is_not_hidden(op: str) -> None:
+    case = LARGEST[op]
+    arguments = testing.inputs(case)
+    first = "a" if op.startswith("ghost") else "h"
+    arguments[first][0, 0] = torch.nan
+    outputs = call(case, arguments)
+    want = getattr(reference, op)(**arguments)
+    for got, expected in zip(outputs, want if isinstance(want, tuple) else (want,), strict=True):
+        assert torch.equal(got.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op: str) -> None:
+    for case in (LARGEST[op], next(c for c in FLOAT64 if c.op == op)):
+        arguments = testing.inputs(case)
+        if op in ("ghost_dot", "linear_logprob"):
+            arguments = {k: x.requires_grad_() if floating(x) else x for k, x in arguments.items()}
+        torch.library.opcheck(getattr(torch.ops.u2a_fast, op).default, (), arguments)
+
+
+def floating(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+SMALL = {
+    "ghost_dot": Case("ghost_dot", {"N": 5, "B": 3, "I": 3, "O": 4, "K": 2}, torch.float64, (2, 0, 3)),
+    "linear_logprob": Case("linear_logprob", {"N": 4, "D": 3, "V": 6}, torch.float64, bias=True, softcap=2.0),
+}
+
+
+@pytest.mark.parametrize("op", SMALL)
+def test_gradcheck(op: str) -> None:
+    arguments = testing.inputs(SMALL[op])
+    names = [name for name, x in arguments.items() if floating(x)]
+
+    def function(*values: Tensor) -> Any:
+        return getattr(ops, op)(**(arguments | dict(zip(names, values, strict=True))))
+
+    assert torch.autograd.gradcheck(function, [arguments[name].requires_grad_() for name in names])
+
+
+@pytest.mark.parametrize("needed", ["h", "weight", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_only_needed_gradients_come_in_the_inputs_dtype(needed: str, dtype: torch.dtype) -> None:
+    case = Case("linear_logprob", {"N": 9, "D": 20, "V": 50}, dtype, bias=True)
+    arguments = testing.inputs(case)
+    arguments[needed].requires_grad_()
+    logp, lse = ops.linear_logprob(**arguments)
+    weights = torch.linspace(-1, 2, 9)
+    (logp * weights + lse * weights.flip(0)).sum().backward()
+    want = reference.linear_logprob_backward(
+        weights, weights.flip(0), arguments["h"], arguments["weight"], arguments["target"], lse, arguments["bias"]
+    )[["h", "weight", "bias"].index(needed)]
+    got = arguments[needed].grad
+    assert got.dtype == dtype
+    # the largest entry is rounded to dtype, and so may dz have been
+    assert (got.double() - want.double()).abs().max() <= 4 * torch.finfo(dtype).eps * want.abs().max()
+    assert all(arguments[name].grad is None for name in ("h", "weight", "bias") if name != needed)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op not in _register._BACKWARDS])
+def test_ops_without_a_backward_say_so(op: str) -> None:
+    arguments = {k: x.requires_grad_() if floating(x) else x for k, x in testing.inputs(LARGEST[op]).items()}
+    outputs = getattr(ops, op)(**arguments)
+    total = sum(x.sum() for x in (outputs if isinstance(outputs, tuple) else (outputs,)))
+    with pytest.raises(RuntimeError, match=rf"\[{op}\] has no backward"):
+        total.backward()
+
+
+def ghost(**changes: Any) -> dict[str, Any]:
+    return {
+        "a": torch.zeros(6, 3),
+        "g": torch.zeros(6, 4),
+        "cu_seqlens": torch.tensor([0, 2, 6], dtype=torch.int32),
+        "v": torch.zeros(1, 4, 3),
+    } | changes
+
+
+def head(**changes: Any) -> dict[str, Any]:
+    base = {"h": torch.zeros(5, 3), "weight": torch.zeros(7, 3), "target": torch.zeros(5, dtype=torch.int64)}
+    return base | changes
+
+
+def offsets(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("ghost_dot", ghost(g=torch.zeros(5, 3)), ValueError, "g of shape (N, O) with N = 6 (from a), got (5, 3)"),
+    ("ghost_dot", ghost(a=torch.zeros(6)), ValueError, "a of shape (N, I), got (6,)"),
+    (
+        "ghost_dot",
+        ghost(v=torch.zeros(1, 3, 4)),
+        ValueError,
+        "v of shape (K, O, I) with O = 4 (from g), I = 3 (from a), got (1, 3, 4)",
+    ),
+    ("ghost_dot", ghost(g=[[0.0]]), TypeError, "g to be a Tensor, got list"),
+    (
+        "ghost_dot",
+        ghost(g=torch.zeros(6, 4).double()),
+        TypeError,
+        "g of dtype torch.float32 (from a), got torch.float64",
+    ),
+    (
+        "ghost_dot",
+        ghost(a=torch.zeros(6, 3, dtype=torch.int64)),
+        TypeError,
+        "a of dtype torch.float16 or torch.bfloat16 or torch.float32 or torch.float64, got torch.int64",
+    ),
+    ("ghost_dot", ghost(v=torch.zeros(1, 4, 3, device="meta")), ValueError, "v on cpu (from a), got meta"),
+    (
+        "ghost_dot",
+        ghost(cu_seqlens=torch.tensor([0, 6])),
+        TypeError,
+        "cu_seqlens of dtype torch.int32, got torch.int64",
+    ),
+    ("ghost_dot", ghost(cu_seqlens=offsets()), ValueError, "cu_seqlens of shape (B + 1,), got (0,)"),
+    ("ghost_dot", ghost(cu_seqlens=offsets(1, 6)), ValueError, "cu_seqlens to start at 0, got 1"),
+    ("ghost_dot", ghost(cu_seqlens=offsets(0, 5)), ValueError, "cu_seqlens to end at N = 6 (from a), got 5"),
+    (
+        "ghost_dot",
+        ghost(cu_seqlens=offsets(0, 4, 3, 6)),
+        ValueError,
+        "cu_seqlens to be non-decreasing, got 4 then 3 at position 1",
+    ),
+    (
+        "linear_logprob",
+        head(weight=torch.zeros(7, 2)),
+        ValueError,
+        "weight of shape (V, D) with D = 3 (from h), got (7, 2)",
+    ),
+    (
+        "linear_logprob",
+        head(target=torch.zeros(5, dtype=torch.int32)),
+        TypeError,
+        "target of dtype torch.int64, got torch.int32",
+    ),
+    (
+        "linear_logprob",
+        head(target=torch.tensor([0, 1, 7, 0, 0])),
+        ValueError,
+        "target in [0, V) with V = 7 (from weight), got 7 at position 2",
+    ),
+    ("linear_logprob", head(bias=torch.zeros(6)), ValueError, "bias of shape (V,) with V = 7 (from weight), got (6,)"),
+    ("linear_logprob", head(softcap=-1.0), ValueError, "softcap finite and >= 0, got -1.0"),
+    ("linear_logprob_jvp", head(), ValueError, "dh or dweight to be given, got neither"),
+    (
+        "linear_logprob_jvp",
+        head(dh=torch.zeros(2, 5, 3), dweight=torch.zeros(1, 7, 3)),
+        ValueError,
+        "dweight of shape (K, V, D) with K = 2 (from dh), V = 7 (from weight), D = 3 (from h), got (1, 7, 3)",
+    ),
+    (
+        "linear_logprob_backward",
+        head(grad_logp=torch.zeros(5).double(), grad_lse=torch.zeros(5), lse=torch.zeros(5)),
+        TypeError,
+        "grad_logp of dtype torch.float32 (for h of torch.float32), got torch.float64",
+    ),
+]
+
+
+@pytest.mark.parametrize(("op", "arguments", "kind", "text"), WRONG, ids=[f"{op}-{text}" for op, _, _, text in WRONG])
+def test_wrong_arguments(op: str, arguments: dict[str, Any], kind: type[Exception], text: str) -> None:
+    with pytest.raises(kind) as raised:
+        getattr(ops, op)(**arguments)
+    assert str(raised.value) == f"[{op}] expected {text}"
+
+
+@needs_extension
+def test_kernels_guard_memory_below_the_checks() -> None:
+    for wrong in (offsets(0, 7), offsets(0, 5, 2, 6), offsets(-1, 6)):
+        with pytest.raises(RuntimeError, match="cu_seqlens"):
+            torch.ops.u2a_fast.ghost_dot(**ghost(cu_seqlens=wrong))
+    with pytest.raises(RuntimeError, match="v: wrong length"):
+        torch.ops.u2a_fast.ghost_dot(**ghost(v=torch.zeros(1, 4, 2)))
+    with pytest.raises(RuntimeError, match="target"):
+        torch.ops.u2a_fast.linear_logprob(**head(target=torch.full((5,), -1)))
+
+
+def test_compiles_without_graph_breaks() -> None:
+    arguments = testing.inputs(LARGEST["ghost_dot"])
+
+    def score(**given: Tensor) -> Tensor:
+        return ops.ghost_dot(**given) * 2
+
+    compiled = torch.compile(score, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(**arguments), score(**arguments))
