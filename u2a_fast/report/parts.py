@@ -1,7 +1,6 @@
 """What a page is made of: sections, figures, tables, and numbers as people read them."""
 
 import base64
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,13 +60,13 @@ def figure(png: bytes, alt: str, width: str = "half") -> Figure:
 
 
 def number(value: Any) -> str:
-    """A number to four significant digits, anything else as it is written; None as a dash."""
+    """A number to four significant digits or more, anything else as it is written; None as a dash."""
     if value is None:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.4g}" if math.isfinite(value) else str(value)
+        return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(number(item) for item in value) + "]"
     return str(value)

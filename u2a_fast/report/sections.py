@@ -31,7 +31,7 @@ def tiles(found: Artifacts) -> list[Tile]:
         score = found.scores["score"]
         out += [
             Tile("negatives scored", f"{len(score):,}"),
-            Tile("worth unlearning (s > 0)", f"{int((score > 0).sum()):,}"),
+            Tile("with a gain (s > 0)", f"{int((score > 0).sum()):,}"),
         ]
         out.append(Tile("NaN or infinite", f"{int((~np.isfinite(score)).sum()):,}"))
     if found.selection is not None:

@@ -46,7 +46,7 @@ th {
 }
 td { border-bottom: 1px solid var(--line); padding: 5px 14px 5px 0; vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 180px; }
+td.text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 90px; }
 .notice {
   border-left: 4px solid var(--bad); background: #fdf3f3; padding: 8px 14px; margin: 8px 0 12px;
 }
