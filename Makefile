@@ -38,8 +38,8 @@ format: $(VENV)/.tools  ## ruff format and clang-format, in place
 	$(BIN)/python -m ruff format .
 	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
 
-bench: $(VENV)/.tools  ## correctness-gated timings, as rows
-	$(BIN)/python benchmarks/run.py
+bench: $(VENV)/.tools  ## correctness-gated timings on one thread, as rows and tables (8 minutes)
+	$(BIN)/python -m benchmarks.all
 
 clean:  ## remove the environment, builds, caches and the demo's output
 	rm -rf "$(VENV)" build dist *.egg-info u2a_fast/*.so "$(OUT)" .pytest_cache .ruff_cache .mypy_cache

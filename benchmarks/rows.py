@@ -17,9 +17,15 @@ Row = dict[str, Any]
 
 
 def make_row(benchmark: str, case: str, values: Mapping[str, Any], *, gate: str, device: str = "cpu") -> Row:
-    """A row of ``values``; ``gate`` says in words which check this very run passed, and by how much."""
+    """A row of ``values``; ``gate`` says in words which check this very run passed, and by how much.
+
+    More than one CPU thread makes another case of it, "<case>-<n>threads".
+    """
+    origin = describe(device)
+    if device == "cpu" and origin["threads"] > 1:
+        case = f"{case}-{origin['threads']}threads"
     when = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"benchmark": benchmark, "case": case, "gate": gate, **values, **describe(device), "utc": when}
+    return {"benchmark": benchmark, "case": case, "gate": gate, **values, **origin, "utc": when}
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -39,7 +39,7 @@ class Settings:
     """How long to measure; gemm is the side of the square product, copy_bytes the size of the copied buffer."""
 
     device: str = "cpu"
-    rounds: int = 7
+    rounds: int = 5
     gemm: int = 1024
     copy_bytes: int = 256 << 20
 

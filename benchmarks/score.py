@@ -1,17 +1,18 @@
 """Exact scoring against one forward pass over the same packed tokens, and against the public U2A procedure.
 
-    python -m benchmarks.score [--only llama|hh] [--count N] [--rounds 3] [--threads 1] [--out rows.jsonl]
+    python -m benchmarks.score [--only llama|hh] [--count N] [--rounds N] [--threads 1] [--out rows.jsonl]
 
 Contestants take turns on the same block of examples (a batch of 2048 tokens, as the scorer plans it), block by block in
 one process; ratios are of the totals, with the spread over blocks. The gate: float32 scores, the public procedure's
-included, agree with per-example autograd in float64 to 1e-4, and bfloat16 ranks as float32 does with a Spearman
-correlation of 0.995. Setting up, paid once however many negatives follow, is reported apart.
+included, agree with per-example autograd in float64 to 1e-4; bfloat16, where it ranks otherwise than float32 (Spearman
+correlation below 0.995), is not timed. Setting up, paid once however many negatives follow, is reported apart.
 """
 
 import argparse
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def _contestants(
 
 
 def _gate(workload: Workload, direction: dict[str, Tensor], contestants: dict[str, Contestant]) -> dict[str, float]:
-    """What the scores are worth; raises GateError."""
+    """What the scores are worth; GateError where those of float32 are wrong."""
     scores = {name: torch.empty(len(workload.examples), dtype=torch.float64) for name in ("fp32", "bf16")}
     for positions, batch in batched(workload.examples, TOKEN_BUDGET):
         for name, found in scores.items():
@@ -84,8 +85,6 @@ def _gate(workload: Workload, direction: dict[str, Tensor], contestants: dict[st
         if not error <= AGREEMENT:
             raise GateError(f"{workload.name}: {name} scores differ from float64 autograd by {error:.1e} (relative)")
     ranking = spearman(scores["bf16"].numpy(), scores["fp32"].numpy())
-    if not ranking >= RANKING:
-        raise GateError(f"{workload.name}: bfloat16 scores rank as float32 by a Spearman correlation of {ranking:.4f}")
     return {"relative_error": errors["fp32"], "spearman_bf16": ranking, "checked": len(checked)}
 
 
@@ -99,16 +98,18 @@ def measure(workload: Workload, *, rounds: int, public: bool) -> Row:
         direction = workload.direction()
         contestants, setup = _contestants(workload, direction, public, stack)
         judged = _gate(workload, direction, contestants)
+        if not judged["spearman_bf16"] >= RANKING:
+            del contestants["bf16"]
         blocks = [batch for _, batch in batched(workload.examples, TOKEN_BUDGET)]
         times: dict[str, list[float]] = {name: [] for name in contestants}
         for i in range(rounds * len(blocks)):
             for name in list(times)[:: 1 if i % 2 == 0 else -1]:
-                times[name].append(once(lambda name=name, i=i: contestants[name](blocks[i % len(blocks)])))
+                times[name].append(once(partial(contestants[name], blocks[i % len(blocks)])))
     gate = (
         f"float32 scores of {judged['checked']} examples within {judged['relative_error']:.1e} (relative) of "
         f"float64 autograd; Spearman of bfloat16 against float32 {judged['spearman_bf16']:.5f}"
     )
-    return make_row("scoring", workload.name, _values(workload, times, setup, rounds) | judged, gate=gate)
+    return make_row("score", workload.name, _values(workload, times, setup, rounds) | judged, gate=gate)
 
 
 def _values(workload: Workload, times: dict[str, list[float]], setup: dict[str, float], rounds: int) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def _values(workload: Workload, times: dict[str, list[float]], setup: dict[str, 
         f"{fast} over {slow}": {"total": total[slow] / total[fast], "spread": _ratio(times, slow, fast)}
         for fast in ("fp32", "bf16")
         for slow in ("public_padded", "public", "fp32")
-        if fast != slow and slow in total
+        if fast != slow and fast in total and slow in total
     }
     return values
 
@@ -147,7 +148,7 @@ def _report(row: Row) -> None:
     print(
         f"{row['case']}: {row['examples']} examples, {row['tokens']} tokens, {row['parameters'] / 1e6:.1f} M parameters"
     )
-    print(f"  gate: {row['gate']}")
+    print(f"  gate: {row['gate']}{'' if 'bf16' in row['units'] else ': BFLOAT16 FAILED, not timed'}")
     for name, units in row["units"].items():
         p20, p50, p80 = row["units_spread"][name]
         rate = row["examples_per_second"][name]
@@ -163,26 +164,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("llama", "hh"))
     parser.add_argument("--count", type=int, help="examples to score (default: llama 64, hh 200)")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, help="times that every block is scored (default: llama 2, hh 1)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="merge the rows into this file")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     size = {} if options.count is None else {"count": options.count}
     failed = 0
-    for name, make in (("llama", llama), ("hh", hh)):
+    for name, make, rounds in (("llama", llama, 2), ("hh", hh, 1)):
         if options.only not in (None, name):
             continue
         if name == "hh" and (reason := hh_missing()):
             print(f"hh: skipped, {reason}")
             continue
         try:
-            row = measure(make(**size), rounds=options.rounds, public=name == "hh")
+            row = measure(make(**size), rounds=options.rounds or rounds, public=name == "hh")
         except GateError as error:
             failed += 1
             print(f"GATE FAILED, not timed: {error}", flush=True)
             continue
         _report(row)
+        failed += "bf16" not in row["units"]
         if options.out:
             write_rows(options.out, [row])
     return int(failed > 0)

@@ -17,16 +17,16 @@ Task = Callable[[int], object]  # called with a running number, so that a task c
 
 @dataclass(frozen=True)
 class Spread:
-    """20th, 50th and 80th percentile of n samples."""
+    """20th, 50th and 80th percentile of samples."""
 
     p20: float
     p50: float
     p80: float
-    n: int
 
     @classmethod
     def of(cls, samples: list[float]) -> "Spread":
-        return cls(*(float(q) for q in np.percentile(samples, (20, 50, 80))), len(samples))
+        p20, p50, p80 = np.percentile(samples, (20, 50, 80))
+        return cls(float(p20), float(p50), float(p80))
 
     def to_list(self) -> list[float]:
         """[p20, p50, p80] to 4 digits, as a row holds it."""

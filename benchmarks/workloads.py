@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from benchmarks.machine import ROOT
 from u2a_fast.data.packing import IGNORE_INDEX
 
-__all__ = ["HH_TOKENS", "SHARED", "TokenExample", "Workload", "hh", "hh_missing", "llama", "random_examples", "random_llama"]
+__all__ = ["HH_TOKENS", "TokenExample", "Workload", "hh", "hh_missing", "llama", "random_examples", "random_llama"]
 
 SHARED = ROOT.parent / "shared"
 HH_MODEL, HH_DATA = SHARED / "models" / "hh-tiny", SHARED / "data" / "hh-harmless"

@@ -10,7 +10,7 @@ from u2a_fast.demo.experiment import ARMS
 __all__ = ["AUC_FLOOR", "SEEDS_FLOOR", "claims", "seed_rows", "summary"]
 
 AUC_FLOOR = 0.9
-SEEDS_FLOOR = 0.9  # share of seeds in which a claim must hold
+SEEDS_FLOOR = 0.9  # share of seeds in which u2a must be best
 
 Row = Mapping[str, Any]
 
@@ -69,9 +69,9 @@ def claims(rows: Sequence[Row], curvature: str, rank_correlation: float) -> list
     return [
         {
             "name": "auc",
-            "holds": clear >= SEEDS_FLOOR * n,
+            "holds": clear == n,
             "text": f"Planted harmful negatives score above planted harmless ones: AUC {aucs.mean():.3f} on average, "
-            f"{aucs.min():.3f} at worst, at least {AUC_FLOOR} in {clear} of {n} seeds (asked: {SEEDS_FLOOR:.0%}).",
+            f"{aucs.min():.3f} at worst, at least {AUC_FLOOR} in {clear} of {n} seeds (asked: all).",
         },
         {
             "name": "matched steps",

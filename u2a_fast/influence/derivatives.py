@@ -16,6 +16,7 @@ from u2a_fast import ops
 from u2a_fast.data.packing import Example, Packed, batched, pack
 from u2a_fast.models.capture import Capture
 from u2a_fast.models.decoder import Decoder, check_packing, check_reduction, reduce_tokens
+from u2a_fast.models.norms import short_rms_norms
 from u2a_fast.models.parameters import evaluation_mode
 
 __all__ = ["DerivativePass", "Direction", "directional_derivatives"]
@@ -109,7 +110,7 @@ class DerivativePass:
     def running(self) -> Iterator[None]:
         """The model frozen, in evaluation mode and in ``dtype``: run batches inside this block."""
         cast = _cast_parameters(self.model, self.dtype) if self.dtype is not None else nullcontext()
-        with cast, evaluation_mode(self.model):
+        with cast, evaluation_mode(self.model), short_rms_norms(self.model):
             yield
 
     def __call__(self, examples: Sequence[Example]) -> DerivativeBatch:

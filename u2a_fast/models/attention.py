@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from u2a_fast.data.packing import Packed
+from u2a_fast.models import cpu_attention
 
 _NAME = "u2a_fast_packed"
 _UNSUPPORTED = ("s_aux", "sinks", "position_bias", "alibi", "head_mask", "attention_bias", "relative_position")
@@ -141,8 +142,9 @@ def packed_attention(
     if softcap is not None:
         mask = _band(layout.longest, window or layout.longest, q.device)
         out = _softcapped(q, k, v, scale, softcap, mask, dropout)
+    elif not (banded := window is not None and window < layout.longest) and cpu_attention.serves(q, dropout):
+        out = cpu_attention.causal_attention(q, k, v, scale)
     else:
-        banded = window is not None and window < layout.longest
         out = nn.functional.scaled_dot_product_attention(
             q,
             k,

@@ -57,14 +57,14 @@ def _contract_linear(site: Site, a: Tensor) -> Contraction:
 
 
 class _Bare(nn.Module):
-    """A module called without its hooks, ours among them."""
+    """A module's own function, without hooks and replacements, ours among them."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.module.forward(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
 
 
 def _contract_by_tangent(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Contraction:

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# The whole GPU round on a bare machine that has torch and Triton, in at most 10 minutes and without a network:
+#   [OUT=folder] [BENCH_COMMIT=hash] [PYTHON=python3] bash benchmarks/gpu.sh
+# Every phase has its own time limit, so that one that hangs leaves the later ones their time. The exit status is 0 where
+# every phase passed. Logs, rows (gpu.jsonl) and the profile go to OUT (default benchmarks/results, where only the rows
+# belong in a commit).
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+OUT=${OUT:-benchmarks/results}
+PYTHON=${PYTHON:-python3}
+ROWS="$OUT/gpu.jsonl"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1
+mkdir -p "$OUT"
+SUMMARY=()
+FAILED=0
+
+phase() { # name, seconds, command...: run it, keep its log, note how it ended
+  local name=$1 limit=$2 start=$SECONDS status=0
+  shift 2
+  echo "=== $name"
+  timeout --kill-after=5 "$limit" "$@" >"$OUT/$name.log" 2>&1 || status=$?
+  tail -n 6 "$OUT/$name.log"
+  local verdict=ok
+  if [ "$status" -eq 124 ] || [ "$status" -eq 137 ]; then verdict="TIMED OUT after $limit s"
+  elif [ "$status" -ne 0 ]; then verdict="FAILED (exit status $status)"; fi
+  [ "$verdict" = ok ] || FAILED=1
+  SUMMARY+=("$(printf '%-12s %4d s  %s' "$name" $((SECONDS - start)) "$verdict")")
+}
+
+skip() { SUMMARY+=("$(printf '%-12s    - s  skipped: %s' "$1" "$2")"); }
+
+phase build 60 "$PYTHON" setup.py -q build_ext --inplace
+phase pytest 150 "$PYTHON" -m pytest -q --maxfail 10 -p no:cacheprovider tests/test_triton.py tests/test_ops.py \
+  tests/test_derivatives.py tests/test_influence.py
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck; do
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 phase "$tool" 75 \
+      compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m benchmarks.sanitize
+  done
+else
+  skip memcheck "no compute-sanitizer"
+  skip racecheck "no compute-sanitizer"
+fi
+phase benchmarks 180 "$PYTHON" -m benchmarks.run --device cuda --threads "$(nproc)" --out "$ROWS"
+if [ ! -s "$ROWS" ]; then
+  skip profile "no rows"
+elif command -v ncu >/dev/null && ncu --version >/dev/null 2>&1; then
+  phase profile 50 ncu --clock-control none --set basic --launch-count 6 \
+    --kernel-name 'regex:(ghost_dot|gram|tile|logprob|jvp|dz|matmul|combine|tangents)_kernel' "$PYTHON" -m benchmarks.slowest --rows "$ROWS"
+else
+  phase profile 50 "$PYTHON" -m benchmarks.slowest --rows "$ROWS" --profile
+fi
+
+[ ! -s "$OUT/benchmarks.log" ] || cat "$OUT/benchmarks.log"
+printf '%s\n' "=== summary" "${SUMMARY[@]}"
+exit "$FAILED"

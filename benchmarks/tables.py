@@ -1,0 +1,195 @@
+"""Writes the tables of README.md and docs/benchmarks.md from the committed rows; no number there is typed by hand.
+
+    python -m benchmarks.tables [--check]
+
+A table stands between ``<!-- table: name -->`` and ``<!-- /table -->``. ``--check`` changes nothing and fails where a
+table is not what the rows say.
+"""
+
+import argparse
+import re
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from benchmarks.machine import ROOT
+from benchmarks.rows import RESULTS, Row, read_rows
+
+__all__ = ["TABLES", "main", "render"]
+
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+EMPTY = "No results yet: `make bench` measures, and writes them here.\n"
+CONTESTANTS = {
+    "forward": "forward pass, LM head on every token (the unit)",
+    "forward_answer": "forward pass, LM head on answer tokens",
+    "fp32": "u2a_fast, float32",
+    "bf16": "u2a_fast, bfloat16",
+    "public": "public U2A procedure, unpadded",
+    "public_padded": "public U2A procedure, padded to 256 tokens",
+}
+
+
+def _grid(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *lines))
+
+
+def _by_machine(rows: list[Row], table: Callable[[list[Row]], str]) -> str:
+    """One table a machine, each below a line that says what it was measured on and with."""
+    parts = []
+    for _, group in groupby(sorted(rows, key=_setting), key=_setting):
+        mine = list(group)
+        parts.append(f"{_origin(mine)}\n\n{table(mine)}")
+    return "\n".join(parts) or EMPTY
+
+
+def _setting(row: Row) -> tuple[str, int]:
+    return row["machine"], 0 if row["gpu"] else row["threads"]
+
+
+def _origin(rows: list[Row]) -> str:
+    last = max(rows, key=lambda row: row["utc"])
+    names = ("python", "torch", "triton", "transformers")
+    versions = ", ".join(f"{name} {last['versions'][name]}" for name in names if name in last["versions"])
+    flags = "" if last["gpu"] else f" ({', '.join(last['cpu_flags'])})"
+    threads = "" if last["gpu"] else f", {last['threads']} thread{'s' * (last['threads'] > 1)}"
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    return (
+        f"**{last['machine']}**{flags}{threads}; {versions}; commit {commits}; {last['utc'][:10]}; `{last['command']}`"
+    )
+
+
+def _times(spread: Sequence[float]) -> str:
+    """Median (p20 to p80) of a ratio; a loss in bold."""
+    text = f"{spread[1]:.2f} ({spread[0]:.2f} to {spread[2]:.2f})"
+    return f"**{text}**" if spread[1] < 1 else text
+
+
+def _ops(rows: list[Row]) -> str:
+    header = ("case", "GFLOP/s", "GB/s", "of GEMM", "of copy", "of limit", "x reference", "x PyTorch", "x product")
+    lines = [
+        (
+            f"`{row['case'].partition('-' + row['device'])[0]}`",
+            f"{row['gflops']:,.0f}",
+            f"{row['gbytes']:,.1f}",
+            *(f"{row[key]:.0%}" for key in ("of_gemm", "of_copy", "of_limit")),
+            *(_times(row[key]) for key in ("vs_reference", "vs_composition", "vs_product")),
+        )
+        for row in rows
+    ]
+    return _grid(header, lines)
+
+
+def _scoring(rows: list[Row]) -> str:
+    header = ("what runs", "units", "p20 to p80 of blocks", "examples/s against float32 u2a_fast")
+    parts = []
+    for row in sorted(rows, key=lambda row: row["case"], reverse=True):
+        rate = row["examples_per_second"]
+        lines = [
+            (
+                label,
+                f"{row['units'][name]:.2f}",
+                f"{row['units_spread'][name][0]:.2f} to {row['units_spread'][name][2]:.2f}",
+                f"{rate[name] / rate['fp32']:.2f}",
+            )
+            for name, label in CONTESTANTS.items()
+            if name in row["units"]
+        ]
+        setup = ", ".join(f"{name} {units:.2f}" for name, units in row["setup_units"].items())
+        title = (
+            f"`{row['case']}`: {row['parameters'] / 1e6:.1f} M parameters, {row['examples']} examples, "
+            f"{row['tokens']:,} tokens; {row['gate']}; set up once, in units: {setup}."
+        )
+        parts.append(f"{title}\n\n{_grid(header, lines)}")
+    return "\n".join(parts)
+
+
+def _goals(rows: list[Row]) -> str:
+    found = {row["case"]: row for row in rows}
+    lines: list[tuple[str, str, str, str]] = []
+
+    def add(case: str, what: str, value: Callable[[Row], float], bound: float, at_most: bool = False) -> None:
+        if case not in found:
+            return
+        try:
+            number = value(found[case])
+        except KeyError:
+            lines.append((what, f"{bound:g}", "not timed: its gate failed", "no"))
+            return
+        met = number <= bound if at_most else number >= bound
+        goal = f"{'at most' if at_most else 'at least'} {bound:g}"
+        lines.append((what, goal, f"{number:.4g}", "yes" if met else "**no**"))
+
+    def speed(name: str) -> Callable[[Row], float]:
+        return lambda row: row["speedup"][name]["total"]
+
+    add("llama", "scoring over one forward pass, float32, 20 M Llama", lambda row: row["units"]["fp32"], 3.2, True)
+    add("hh", "HH: float32 over the public procedure, padded", speed("fp32 over public_padded"), 1.4)
+    add("hh", "HH: bfloat16 over the public procedure, padded", speed("bf16 over public_padded"), 3)
+    add("hh", "HH: bfloat16 over float32", speed("bf16 over fp32"), 2)
+    add("hh", "HH: Spearman of bfloat16 against float32", lambda row: row["spearman_bf16"], 0.995)
+    return _grid(("goal", "bound", "measured", "met"), lines)
+
+
+def _memory(rows: list[Row]) -> str:
+    parts = []
+    vocabulary = sorted((row for row in rows if row["axis"] == "vocabulary"), key=lambda row: row["size"])
+    negatives = sorted((row for row in rows if row["axis"] == "negatives"), key=lambda row: row["size"])
+    keys = ("peak_mib", "plain_forward_mib", "logits_mib", "weights_mib")
+    if vocabulary:
+        header = ("vocabulary", "scoring, MiB", "plain forward pass, MiB", "logits alone, MiB", "weights, MiB")
+        lines = [(f"{row['size']:,}", *(f"{row[key]:,.0f}" for key in keys)) for row in vocabulary]
+        parts.append(_grid(header, lines))
+    if negatives:
+        lines = [(f"{row['size']:,}", f"{row['peak_mib']:,.0f}") for row in negatives]
+        parts.append(_grid(("negatives", "scoring to Parquet, MiB"), lines))
+    return "\n".join(parts)
+
+
+def _select(benchmark: str, device: str = "cpu") -> Callable[[list[Row]], list[Row]]:
+    return lambda rows: [row for row in rows if (row["benchmark"], row["device"]) == (benchmark, device)]
+
+
+TABLES: dict[str, tuple[Callable[[list[Row]], list[Row]], Callable[[list[Row]], str]]] = {
+    "goals": (lambda rows: [row for row in _select("score")(rows) if row["threads"] == 1], _goals),
+    "score": (_select("score"), _scoring),
+    "memory": (_select("memory"), _memory),
+    "ops-cpu": (_select("ops"), _ops),
+    "ops-cuda": (_select("ops", "cuda"), _ops),
+}
+
+
+def render(text: str, rows: list[Row]) -> str:
+    """``text`` with every table as ``rows`` have it. ValueError for a table of no known name."""
+
+    def replace(match: re.Match[str]) -> str:
+        if match["name"] not in TABLES:
+            raise ValueError(f"[tables] expected a table out of {list(TABLES)}, got {match['name']!r}")
+        select, table = TABLES[match["name"]]
+        return f"{match[1]}{_by_machine(select(rows), table)}{match[3]}"
+
+    return BLOCK.sub(replace, text)
+
+
+def main(argv: Sequence[str] | None = None, *, pages: Sequence[Path] = PAGES, results: Path = RESULTS) -> int:
+    """Run the command line; 1 if ``--check`` finds a stale table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if a table is stale")
+    check = parser.parse_args(argv).check
+    rows = read_rows(results)
+    stale = []
+    for page in (page for page in pages if page.exists()):
+        text = page.read_text(encoding="utf-8")
+        fresh = render(text, rows)
+        if fresh != text:
+            stale.append(page.name)
+            if not check:
+                page.write_text(fresh, encoding="utf-8")
+    if check and stale:
+        print(f"stale tables in {', '.join(stale)}: run python -m benchmarks.tables")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,245 @@
+"""The benchmarks run on tiny cases, refuse to time what is wrong, and their tables are what the rows say; no times."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# benchmarks are no part of the installed package
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import all as all_benchmarks
+from benchmarks import machine, memory, run, sanitize, score, slowest, tables, workloads
+from benchmarks.cases import COMPOSITIONS, bare_product, timing_cases
+from benchmarks.rows import RESULTS, Row, make_row, read_rows, write_rows
+from benchmarks.timing import Spread, alternate, ratios
+from u2a_fast import ops, testing
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = run.Settings(rounds=2, gemm=16, copy_bytes=1 << 12)
+CASES = {
+    (op, dtype): next(
+        case
+        for case in testing.CASES
+        if (case.op, case.dtype, case.tangents, case.bias) == (op, dtype, ("h", "weight"), False)
+        and testing.cost(case)[0] > 10_000
+    )
+    for op in ops.__all__
+    for dtype in (torch.float32, torch.bfloat16)
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> workloads.Workload:
+    return workloads.llama(6, tokens=16, hidden=32, layers=2, ffn=64, heads=2, vocabulary=64)
+
+
+@pytest.fixture(scope="module")
+def scoring_row(tiny: workloads.Workload) -> Row:
+    return score.measure(tiny, rounds=1, public=True)
+
+
+@pytest.mark.parametrize("key", CASES, ids=lambda key: f"{key[0]}-{key[1]}")
+def test_every_op_gives_a_row(key: tuple[str, torch.dtype], tmp_path: Path) -> None:
+    row = run.measure(CASES[key], QUICK)
+    assert isinstance(row, dict), row
+    write_rows(tmp_path / "rows.jsonl", [row])
+    (stored,) = read_rows(tmp_path / "rows.jsonl")
+    assert stored == row
+    assert stored["flops"] == testing.cost(CASES[key])[0]
+    for name in ("seconds", "vs_reference", "vs_composition", "vs_product"):
+        assert 0 < stored[name][0] <= stored[name][1] <= stored[name][2]
+    assert {"machine", "threads", "versions", "commit", "command", "utc", "gate"} <= set(stored)
+
+
+def test_a_wrong_op_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    right, case = ops.ghost_dot, CASES["ghost_dot", torch.float32]
+    monkeypatch.setattr(ops, "ghost_dot", lambda **arguments: right(**arguments) * (1 + 1e-3))
+    found = run.measure(case, QUICK)
+    assert isinstance(found, list) and "budget" in found[0]
+    monkeypatch.setattr(run, "timing_cases", lambda device: (case,))
+    assert run.main(["--quick"]) == 1
+    assert "GATE FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("op", ops.__all__)
+def test_the_compositions_mean_what_the_ops_mean(op: str) -> None:
+    case = CASES[op, torch.float32]
+    arguments = testing.inputs(case)
+    found = COMPOSITIONS[op](**arguments)
+    found = found if isinstance(found, tuple) else (found,)
+    wanted = testing.expected(case, arguments)
+    # the compositions leave out what a caller would not ask for: the JVP's log-sum-exp, the backward's bias gradient
+    if op == "linear_logprob_jvp":
+        wanted = wanted[0], wanted[2][0]
+    if op == "linear_logprob_backward":
+        wanted = wanted[:2]
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-4 * float(y.abs().max()))
+    assert bare_product(case, arguments)[1] > 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_timing_cases_are_whole(device: str) -> None:
+    cases = timing_cases(device)
+    assert {case.op for case in cases} == set(ops.__all__)
+    assert len({case.id for case in cases}) == len(cases)
+    assert all(sum(case.lengths) == case.sizes["N"] for case in cases if case.op.startswith("ghost"))
+
+
+def test_scoring_gives_a_row(scoring_row: Row) -> None:
+    assert set(scoring_row["units"]) == set(tables.CONTESTANTS)
+    assert scoring_row["units"]["forward"] == 1
+    assert scoring_row["relative_error"] <= score.AGREEMENT
+    assert scoring_row["examples"] == 6 and scoring_row["tokens"] == 6 * 16
+
+
+def test_wrong_scores_are_not_timed(tiny: workloads.Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = score.PublicProcedure._one
+    monkeypatch.setattr(score.PublicProcedure, "_one", lambda self, example: one(self, example) * 1.001)
+    with pytest.raises(score.GateError, match="fp32 scores differ"):
+        score.measure(tiny, rounds=1, public=False)
+
+
+def test_bfloat16_that_ranks_otherwise_is_not_timed(tiny: workloads.Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score, "spearman", lambda x, y: 0.9)
+    assert "bf16" not in score.measure(tiny, rounds=1, public=False)["units"]
+
+
+def test_padding_leaves_the_public_procedure_alone(tiny: workloads.Workload) -> None:
+    direction = tiny.direction()
+    plain = score.PublicProcedure(tiny.model, direction)(tiny.examples)
+    padded = score.PublicProcedure(tiny.model, direction, padded=24)(tiny.examples)
+    torch.testing.assert_close(padded, plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
+
+
+def test_hh_examples_are_those_of_the_public_procedure() -> None:
+    if reason := workloads.hh_missing():
+        pytest.skip(reason)
+    workload = workloads.hh(3)
+    assert [len(example["input_ids"]) <= workloads.HH_TOKENS for example in workload.examples] == [True] * 3
+    assert all(example["labels"][-1] == example["input_ids"][-1] == 1 for example in workload.examples)
+
+
+@pytest.mark.parametrize(("axis", "size"), [("vocabulary", 100), ("negatives", 30)])
+def test_memory_point(axis: str, size: int) -> None:
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("no /proc/self/clear_refs to reset the high-water mark with")
+    found = memory.point(axis, size)
+    assert found["passed"], found["gate"]
+    assert found["size"] == size and found["peak_mib"] >= 0
+
+
+def test_the_high_water_mark_sees_what_a_task_takes() -> None:
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("no /proc/self/clear_refs to reset the high-water mark with")
+    peak = memory._peak(lambda: torch.ones(32 << 20, dtype=torch.uint8))
+    assert 31 * memory.MIB <= peak <= 48 * memory.MIB
+
+
+def test_sanitize_and_slowest_choose_and_run(tmp_path: Path) -> None:
+    assert sanitize.main(["--device", "cpu", "--ops", "ghost_dot,linear_logprob"]) == 0
+    first, second = timing_cases("cpu")[:2]
+    rows = [
+        make_row("ops", f"{case.id}-cpu", {"of_limit": share}, gate="") for case, share in ((first, 0.5), (second, 0.2))
+    ]
+    assert slowest.slowest(rows, "cpu") == second
+    with pytest.raises(ValueError, match="expected rows of ops on cuda"):
+        slowest.slowest(rows, "cuda")
+
+
+def test_a_newer_row_replaces_the_older(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, [make_row("ops", "a", {"x": 1}, gate=""), make_row("ops", "b", {"x": 2}, gate="")])
+    write_rows(path, [make_row("ops", "a", {"x": 3}, gate="")])
+    assert [(row["case"], row["x"]) for row in read_rows(path)] == [("a", 3), ("b", 2)]
+
+
+def test_threads_make_another_case() -> None:
+    torch.set_num_threads(2)
+    assert make_row("ops", "a", {}, gate="")["case"] == "a-2threads"
+    assert make_row("ops", "a", {}, gate="")["threads"] == 2
+
+
+def test_all_measures_every_benchmark_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def record(command: list[str], *, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        assert env["OMP_NUM_THREADS"] == "1"
+        return subprocess.CompletedProcess(command, int("benchmarks.memory" in command))
+
+    results_file = machine.ROOT / "benchmarks" / "results" / "x.jsonl"
+    monkeypatch.setattr(all_benchmarks, "results_file", lambda row: results_file)
+    monkeypatch.setattr(all_benchmarks.subprocess, "run", record)
+    monkeypatch.setattr(all_benchmarks.tables, "main", lambda argv: 0)
+    monkeypatch.setattr(all_benchmarks, "describe", lambda device: {})
+    assert all_benchmarks.main() == 1, "one of them failed"
+    assert [command[2] for command in commands] == ["benchmarks.score", "benchmarks.memory", "benchmarks.run"]
+    assert all(command[3:] == ["--out", str(results_file)] for command in commands)
+
+
+def test_a_command_names_no_folder() -> None:
+    argv = [str(ROOT / "benchmarks" / "run.py"), "--quick", "--out", "/some/where/rows.jsonl"]
+    assert machine.command(argv) == "python -m benchmarks.run --quick --out rows.jsonl"
+
+
+def test_contestants_take_turns() -> None:
+    order: list[str] = []
+    samples = alternate(
+        {"x": lambda _: order.append("x"), "y": lambda _: order.append("y")}, rounds=3, sample_seconds=0
+    )
+    assert {name: len(times) for name, times in samples.items()} == {"x": 3, "y": 3}
+    assert order[-6:] == ["x", "y", "y", "x", "x", "y"]
+    assert ratios([2.0, 4.0, 6.0], [1.0, 1.0, 2.0]).to_list() == Spread.of([2.0, 4.0, 3.0]).to_list()
+
+
+def test_committed_tables_are_what_the_rows_say() -> None:
+    assert tables.main(["--check"]) == 0
+
+
+def test_committed_rows_passed_their_gate_and_name_no_place() -> None:
+    for row in read_rows(RESULTS):
+        assert row["gate"] and row["commit"] and row["versions"]["torch"]
+        assert "/home" not in json.dumps(row) and str(ROOT.parent) not in json.dumps(row)
+
+
+def test_tables_from_rows(tmp_path: Path, scoring_row: Row, capsys: pytest.CaptureFixture[str]) -> None:
+    ops_row = run.measure(CASES["ghost_dot", torch.float32], QUICK)
+    assert isinstance(ops_row, dict)
+    points = [make_row("memory", "vocabulary-9", {"axis": "vocabulary", "size": 9, **_mib()}, gate="yes")]
+    points.append(make_row("memory", "negatives-7", {"axis": "negatives", "size": 7, "peak_mib": 3.0}, gate="yes"))
+    page, rows = tmp_path / "page.md", tmp_path / "rows"
+    write_rows(rows / "machine.jsonl", [scoring_row, ops_row, *points])
+    page.write_text("".join(f"<!-- table: {name} -->\nold\n<!-- /table -->\n" for name in tables.TABLES))
+    assert tables.main(["--check"], pages=[page], results=rows) == 1
+    assert "stale" in capsys.readouterr().out
+    assert tables.main([], pages=[page], results=rows) == 0
+    assert tables.main(["--check"], pages=[page], results=rows) == 0
+    text = page.read_text()
+    assert "public U2A procedure, padded" in text and "| 9 | 3 | 4 |" in text and "at most 3.2" in text
+    assert text.count(tables.EMPTY) == 1, "only the GPU has no rows"
+    with pytest.raises(ValueError, match="expected a table out of"):
+        tables.render("<!-- table: other -->\n<!-- /table -->", [])
+
+
+def _mib() -> dict[str, float]:
+    return {"peak_mib": 3.0, "plain_forward_mib": 4.0, "logits_mib": 2.0, "weights_mib": 1.0}
+
+
+def test_the_gpu_script_is_valid_shell() -> None:
+    done = subprocess.run(["bash", "-n", str(ROOT / "benchmarks" / "gpu.sh")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
