@@ -8,6 +8,9 @@ Nothing else should run meanwhile. Each benchmark has a process of its own; the 
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/all.py`
 
 from benchmarks import tables
 from benchmarks.machine import ROOT, describe

@@ -99,7 +99,7 @@ def _linear_logprob_jvp(
     return outputs[0], tangents[0]
 
 
-# What one would write in plain PyTorch, in the inputs' precision: logits and per-example gradients are materialised.
+# What one would write in plain PyTorch, in the inputs' precision: logits and per-example gradients are materialized.
 COMPOSITIONS: dict[str, Callable[..., Any]] = {
     "ghost_dot": _ghost_dot,
     "ghost_norm": _ghost_norm,

@@ -67,9 +67,8 @@ def describe(device: str) -> dict[str, Any]:
 
 def command(argv: list[str]) -> str:
     """The command line as one would type it in a checkout: the module, and arguments without their folders."""
-    program = Path(argv[0])
-    inside = program.is_absolute() and ROOT in program.parents
-    module = ".".join(program.relative_to(ROOT).with_suffix("").parts) if inside else program.stem
+    program = Path(argv[0]).resolve()
+    module = ".".join(program.relative_to(ROOT).with_suffix("").parts) if ROOT in program.parents else program.stem
     return " ".join(["python -m", module, *(Path(word).name for word in argv[1:])])
 
 

@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/memory.py`
+
 from benchmarks.baselines import PublicProcedure, forward_full_head
 from benchmarks.machine import ROOT
 from benchmarks.rows import Row, make_row, write_rows

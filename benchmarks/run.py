@@ -10,12 +10,15 @@ large copy, are measured in the same rounds.
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/run.py`
 
 from benchmarks.cases import COMPOSITIONS, bare_product, timing_cases
 from benchmarks.rows import Row, make_row, write_rows

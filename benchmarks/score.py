@@ -10,6 +10,7 @@ correlation below 0.995), is not timed. Setting up, paid once however many negat
 
 import argparse
 import copy
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/score.py`
 
 from benchmarks.baselines import PublicProcedure, forward_answer_head, forward_full_head
 from benchmarks.machine import has_cpu_flag

@@ -8,9 +8,12 @@ table is not what the rows say.
 
 import argparse
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/tables.py`
 
 from benchmarks.machine import ROOT
 from benchmarks.rows import RESULTS, Row, read_rows

@@ -228,7 +228,7 @@ def test_sequence_logprobs_differentiates_like_the_model() -> None:
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
-def test_signal_of_consistent_preferences_generalises() -> None:
+def test_signal_of_consistent_preferences_generalizes() -> None:
     """Every pair prefers token 5 to token 6: halves agree, and the row derivatives average to the gradients' product."""
     model = tiny.build("gpt2")
     prompts = [e["input_ids"] for e in tiny.examples(24, 31)]
@@ -237,7 +237,7 @@ def test_signal_of_consistent_preferences_generalises() -> None:
     scorer = u2a_fast.InfluenceScorer(model, None, objective)
     negatives = tiny.examples(30, 41)
     report = u2a_fast.signal_check(scorer, negatives, seed=3)
-    assert report.generalises and report.warning is None
+    assert report.generalizes and report.warning is None
     assert report.cosine_ci[0] > 0 and report.spearman > 0
     halves = objective.split(0.5, 3)
     gradients = [half.gradient(model) for half in halves]
@@ -246,7 +246,7 @@ def test_signal_of_consistent_preferences_generalises() -> None:
     assert u2a_fast.signal_check(scorer, negatives, seed=3) == report
 
 
-def test_signal_of_coin_flips_does_not_generalise() -> None:
+def test_signal_of_coin_flips_does_not_generalize() -> None:
     """Labels by coin: over 20 sets of pairs, a 95 % interval lies above zero about once in 40, five times never."""
     model, rng = tiny.build("llama"), np.random.default_rng(0)
     found = 0
@@ -256,8 +256,8 @@ def test_signal_of_coin_flips_does_not_generalise() -> None:
             if rng.random() < 0.5:
                 row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
         report = u2a_fast.signal_check(u2a_fast.InfluenceScorer(model, None, u2a_fast.DPO(rows)), tiny.examples(4, 41))
-        found += report.generalises
-        assert report.generalises == (report.warning is None)
+        found += report.generalizes
+        assert report.generalizes == (report.warning is None)
     assert found < 5
 
 

@@ -143,12 +143,12 @@ def test_every_part_of_an_alignment_is_shown(tmp_path: Path) -> None:
     metrics = {"forgetting": {"rows": 3, "nll": 2.5, "nll_ci": [2.25, 2.75]}}
     (tmp_path / "evaluate" / "metrics.json").write_text(json.dumps(metrics))
     signal = {"cosine": -0.03, "cosine_ci": [-0.1, 0.04], "spearman": 0.1, "spearman_ci": [-0.1, 0.3]}
-    (tmp_path / "signal.json").write_text(json.dumps({**signal, "warning": "scores will not generalise"}))
+    (tmp_path / "signal.json").write_text(json.dumps({**signal, "warning": "scores will not generalize"}))
     (tmp_path / "skipped.jsonl").write_text(json.dumps({"file": "f", "line": 3, "reason": "empty answer"}) + "\n")
     page = Page(write_report(tmp_path))
     assert_self_contained(page)
     assert {"preference_loss_heldout", "weights against scores"} <= set(page.pictures())
-    assert "scores will not generalise" in page.text
+    assert "scores will not generalize" in page.text
     assert "[2.25, 2.75]" in page.text
     assert "empty answer" in page.text
     assert "1.6" in page.text  # effective sample size 2^2 / (1.5^2 + 0.5^2)

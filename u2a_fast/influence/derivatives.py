@@ -136,7 +136,7 @@ class DerivativePass:
 
     def _through_module(self, h: Tensor, packed: Packed, weights: Tensor) -> tuple[Tensor, None]:
         with self.capture.over(packed.cu_targets):
-            logp = self.decoder.materialised_logprobs(h[packed.rows], packed.target)
+            logp = self.decoder.materialized_logprobs(h[packed.rows], packed.target)
         if logp.requires_grad:
             logp.backward(weights.to(logp.dtype))
         return logp, None

@@ -223,7 +223,7 @@ class Reward(Objective):
     def _with_rows(self, index: Sequence[int]) -> Self:
         part = type(self)(self.rows, reduction=self.reduction)
         part.rows = [self.rows[i] for i in index]
-        part.advantages = self.advantages[list(index)]  # normalised over all rows, so that parts stay comparable
+        part.advantages = self.advantages[list(index)]  # normalized over all rows, so that parts stay comparable
         return part
 
     def row_losses(self, logprobs: Tensor) -> Tensor:

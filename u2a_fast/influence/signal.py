@@ -1,4 +1,4 @@
-"""Does the preference signal generalise? Where two halves of the preference set disagree, no score can be trusted."""
+"""Does the preference signal generalize? Where two halves of the preference set disagree, no score can be trusted."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +26,7 @@ class SignalReport:
         cosine: of the objective's gradients on the halves; cosine_ci: its 95 % interval over preference rows.
         spearman: of the scores that the halves give the sampled negatives; spearman_ci: its 95 % interval over
         negatives. pairs, negatives: rows that each stands on.
-        generalises: the whole of cosine_ci lies above zero.
+        generalizes: the whole of cosine_ci lies above zero.
         warning: what to tell the user where it does not, else None.
     """
 
@@ -36,7 +36,7 @@ class SignalReport:
     spearman_ci: tuple[float, float]
     pairs: int
     negatives: int
-    generalises: bool
+    generalizes: bool
     warning: str | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def signal_check(scorer: InfluenceScorer, negatives: Sequence[Example], *, seed:
         seed: of the halves and of the bootstrap over negatives.
 
     Returns:
-        A report; ``warning`` says plainly that scores will not generalise where the cosine cannot be told from zero.
+        A report; ``warning`` says plainly that scores will not generalize where the cosine cannot be told from zero.
 
     Raises:
         ValueError: the preference set has fewer than 4 rows, too few for halves with a spread.
@@ -96,7 +96,7 @@ def signal_check(scorer: InfluenceScorer, negatives: Sequence[Example], *, seed:
 
     scorer.fit_curvature(negatives)
     scores = _derivatives(scorer, [scorer.solve(g) for g in gradients], negatives, scorer.reduction).numpy()
-    generalises = cosine - margin > 0
+    generalizes = cosine - margin > 0
     return SignalReport(
         cosine=cosine,
         cosine_ci=(cosine - margin, cosine + margin),
@@ -104,8 +104,8 @@ def signal_check(scorer: InfluenceScorer, negatives: Sequence[Example], *, seed:
         spearman_ci=bootstrap_interval(spearman, scores[0], scores[1], seed=seed),
         pairs=len(objective.rows),
         negatives=len(negatives),
-        generalises=generalises,
-        warning=None if generalises else _warning(cosine, margin, len(objective.rows)),
+        generalizes=generalizes,
+        warning=None if generalizes else _warning(cosine, margin, len(objective.rows)),
     )
 
 
@@ -113,5 +113,5 @@ def _warning(cosine: float, margin: float, pairs: int) -> str:
     return (
         f"the gradients of two random halves of the {pairs} preference rows have cosine {cosine:.3f} +- {margin:.3f}, "
         "which cannot be told from zero (or lies below it): scores from this preference set will raise performance on "
-        "the set itself and will not generalise to other prompts; use more preference rows, or rows closer to the negatives"
+        "the set itself and will not generalize to other prompts; use more preference rows, or rows closer to the negatives"
     )

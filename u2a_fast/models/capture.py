@@ -56,7 +56,7 @@ class Capture:
             with torch.no_grad(), self.hooked(packed):
                 h = self.decoder.hidden(packed)
                 if self.decoder.head is None:
-                    self.decoder.materialised_logprobs(h, packed.target)
+                    self.decoder.materialized_logprobs(h, packed.target)
         finally:
             self._tracing = False
 

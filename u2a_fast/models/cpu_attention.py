@@ -29,24 +29,25 @@ class _CausalAttention(torch.autograd.Function):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 0.0, True, scale=scale
         )
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, lse)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, lse = ctx.saved_tensors
         batch, heads, length, size = q.shape
         groups = heads // k.shape[1]
-        queries, rows, grads = (x.reshape(-1, groups * length, size) for x in (q, out, grad))
+        queries, grads = (x.reshape(-1, groups * length, size) for x in (q, grad))
         keys, values = (x.reshape(-1, length, size) for x in (k, v))
         shift = -lse.reshape(-1, groups * length, 1)
         p = torch.baddbmm(shift, queries.float(), keys.float().transpose(1, 2), alpha=ctx.scale).exp_()
         p.view(-1, groups, length, length).tril_()
-        own = (grads.float() * rows.float()).sum(-1, keepdim=True)
-        dlogits = torch.bmm(grads, values.transpose(1, 2)).float().sub_(own).mul_(p).to(q.dtype)
+        p = p.to(q.dtype)
+        dp = torch.bmm(grads, values.transpose(1, 2))
+        dlogits = torch._softmax_backward_data(dp, p, -1, q.dtype)
         dq = torch.bmm(dlogits, keys).mul_(ctx.scale).view(q.shape)
         dk = torch.bmm(dlogits.transpose(1, 2), queries).mul_(ctx.scale).view(k.shape)
-        dv = torch.bmm(p.to(q.dtype).transpose(1, 2), grads).view(v.shape)
+        dv = torch.bmm(p.transpose(1, 2), grads).view(v.shape)
         return dq, dk, dv, None
 
 

@@ -42,7 +42,7 @@ class Decoder:
         body: its decoder, from token ids to the last hidden states.
         head_module: its LM head.
         head: the head's parts where it is one plain linear layer, else None (LoRA on the head, say): then the logits of
-            the scored tokens are materialised.
+            the scored tokens are materialized.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -84,7 +84,7 @@ class Decoder:
             )
         return out.last_hidden_state[0]
 
-    def materialised_logprobs(self, h: Tensor, target: Tensor) -> Tensor:
+    def materialized_logprobs(self, h: Tensor, target: Tensor) -> Tensor:
         """log p(target) (M) of hidden states (M, D) through the head module itself."""
         logits = self.head_module(h[None])[0] * self.scale
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -96,7 +96,7 @@ class Decoder:
         """log p of every scored token, (M), differentiable; float64 for a float64 model, else float32."""
         h = self.hidden(packed)[packed.rows]
         if self.head is None:
-            return self.materialised_logprobs(h, packed.target)
+            return self.materialized_logprobs(h, packed.target)
         scaled = h * self.scale if self.scale != 1.0 else h
         return ops.linear_logprob(scaled, self.head.weight, packed.target, self.head.bias, self.softcap)[0]
 

@@ -15,7 +15,7 @@ class Kind(Enum):
     LINEAR = "y_t = W a_t + b"
     CONV1D = "y_t = W^T a_t + b"
     EMBEDDING = "y_t = f(row of W at the token's index)"
-    NORM = "y_t = f(normalised a_t; w, b)"
+    NORM = "y_t = f(normalized a_t; w, b)"
 
 
 def kind_of(module: nn.Module) -> Kind | None:

@@ -28,7 +28,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         normal, inverse, scale = ctx.saved_tensors
-        scaled = grad * scale
+        scaled = torch.mul(grad.float(), scale)  # a product of two precisions would run unvectorized
         along = torch.linalg.vecdot(scaled, normal).unsqueeze(-1) / normal.shape[-1]
         return torch.addcmul(scaled, normal, along, value=-1).mul_(inverse).to(grad.dtype), None, None
 
