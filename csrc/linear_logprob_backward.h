@@ -1,5 +1,5 @@
 // linear_logprob_backward: with p the softmax and y the target, dz = c'(z) ((grad_lse - grad_logp) p + grad_logp e_y),
-// then dh = dz W, dW = dz^T h and db = sum_t dz.
+// then dh = dz W, dW = dz^T h and db = sum_t dz. The targets' terms are added last.
 //
 // Logits are recomputed for kTileColumns columns and at most kChunkRows rows at a time; a tile of dz goes at once into
 // dh, and the block's dz, all that is ever stored, into dW and db. Sums over rows and columns run in a fixed order.
@@ -28,6 +28,7 @@ class HeadBackward {
         bias_(op.head.bias, 1, op.head.v),
         padded_d_(round_up(op.head.d, E::NR)),
         dz_(smaller(kChunk, op.head.n) * kTileColumns * sizeof(Z)),
+        target_(smaller(kChunk, op.head.n) * sizeof(S)),
         grad_h_(op.grad_h ? round_up(smaller(kChunk, op.head.n), E::MR) * padded_d_ * sizeof(S) : 0) {}
 
   void run() {
@@ -67,6 +68,7 @@ class HeadBackward {
       });
       if (op_.grad_weight) add_weight_gradient(rows, v, columns, h_columns);
     }
+    add_targets(first, rows);
     if (op_.grad_h) write_hidden_gradient(first, rows);
   }
 
@@ -85,7 +87,7 @@ class HeadBackward {
       for (int64_t c = 0; c < columns; c += kLanes<S>)
         store(z + c, Vec<S>(shared * exp_lanes(Vec<S>(load(z + c) - lse[row]))));
       const int64_t target = op_.head.target[row] - v;
-      if (target >= 0 && target < columns) z[target] += grad_logp[row];
+      if (target >= 0 && target < columns) target_.template as<S>()[r + t] = grad_logp[row] * slopes[target];
       Z* dz = dz_.template as<Z>() + (r + t) * kTileColumns;
       for (int64_t c = 0; c < columns; c += kLanes<S>)
         store_intermediate(dz + c, Vec<S>(load(z + c) * load(slopes + c)));
@@ -118,6 +120,27 @@ class HeadBackward {
       for (int64_t c = 0; c < columns; ++c) bias[c] += S(scalar(dz[t * kTileColumns + c]));
   }
 
+  // The targets' own terms, last: where grad_lse is near grad_logp they dwarf all others, which a sum that held them
+  // from the start would round away one by one.
+  void add_targets(int64_t first, int64_t rows) {
+    const Head& head = op_.head;
+    const View<T> h = view<T>(head.h), weight = view<T>(head.weight);
+    S *grad_weight = static_cast<S*>(op_.grad_weight), *grad_bias = static_cast<S*>(op_.grad_bias);
+    for (int64_t t = 0; t < rows; ++t) {
+      const int64_t y = head.target[first + t];
+      const S dz = target_.template as<S>()[t];
+      const T *h_row = h.data + (first + t) * h.row, *weight_row = weight.data + y * weight.row;
+      if (op_.grad_h) {
+        S* out = grad_h_.as<S>() + t * padded_d_;
+        for (int64_t d = 0; d < head.d; ++d) out[d] += dz * S(scalar(weight_row[d * weight.depth]));
+      }
+      if (op_.grad_weight) {
+        for (int64_t d = 0; d < head.d; ++d) grad_weight[y * head.d + d] += dz * S(scalar(h_row[d * h.depth]));
+        grad_bias[y] += dz;
+      }
+    }
+  }
+
   void write_hidden_gradient(int64_t first, int64_t rows) {
     const int64_t d = op_.head.d;
     for (int64_t t = 0; t < rows; ++t)
@@ -129,7 +152,7 @@ class HeadBackward {
   const Parallel& parallel_;
   PaddedRows<T, S> bias_;
   int64_t padded_d_;
-  Buffer dz_, grad_h_;
+  Buffer dz_, target_, grad_h_;
 };
 
 template <class E, class T>

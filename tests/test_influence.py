@@ -99,7 +99,7 @@ def test_nan_reward_is_refused() -> None:
 
 
 def _inner_solution(model: nn.Module, example: dict[str, list[int]], weight: float, prox: float) -> None:
-    """Move ``model`` to argmin weight * (-NLL) + prox ||theta - theta_0||^2 by fixed-point iteration of its stationarity."""
+    """Move ``model`` to argmin weight * (-NLL) + prox ||theta - theta_0||^2 by fixed-point iteration."""
     start = [p.detach().clone() for p in model.parameters()]
     for _ in range(12):
         grads = torch.autograd.grad(-tiny.own_nll(model, example), list(model.parameters()))
@@ -229,7 +229,7 @@ def test_sequence_logprobs_differentiates_like_the_model() -> None:
 
 
 def test_signal_of_consistent_preferences_generalizes() -> None:
-    """Every pair prefers token 5 to token 6: halves agree, and the row derivatives average to the gradients' product."""
+    """Every pair prefers token 5 to 6: halves agree, and the row derivatives average to the gradients' product."""
     model = tiny.build("gpt2")
     prompts = [e["input_ids"] for e in tiny.examples(24, 31)]
     row = lambda ids, token: {"input_ids": [*ids, token], "labels": [*[-100] * len(ids), token]}  # noqa: E731

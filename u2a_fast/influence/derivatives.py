@@ -200,12 +200,12 @@ def directional_derivatives(
     """
     if mode not in ("auto", "reverse"):
         raise ValueError(f'[directional_derivatives] expected mode "auto" or "reverse", got {mode!r}')
-    single = isinstance(direction, Mapping)
-    passes = DerivativePass(model, [direction] if single else direction, reduction=reduction, dtype=dtype)
+    directions = [direction] if isinstance(direction, Mapping) else direction
+    passes = DerivativePass(model, directions, reduction=reduction, dtype=dtype)
     budget = token_budget or default_token_budget(passes.decoder.device)
     out_dtype = torch.float64 if passes.double else torch.float32
     out = torch.empty(passes.count, len(examples), dtype=out_dtype, device=passes.decoder.device)
     with passes.running():
         for positions, batch in batched(examples, budget):
             out[:, positions] = passes(batch).derivatives
-    return out[0] if single else out
+    return out[0] if isinstance(direction, Mapping) else out

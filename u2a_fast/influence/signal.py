@@ -40,6 +40,7 @@ class SignalReport:
     warning: str | None
 
     def to_dict(self) -> dict[str, Any]:
+        """The attributes, as signal.json has them."""
         return asdict(self)
 
 
@@ -113,5 +114,6 @@ def _warning(cosine: float, margin: float, pairs: int) -> str:
     return (
         f"the gradients of two random halves of the {pairs} preference rows have cosine {cosine:.3f} +- {margin:.3f}, "
         "which cannot be told from zero (or lies below it): scores from this preference set will raise performance on "
-        "the set itself and will not generalize to other prompts; use more preference rows, or rows closer to the negatives"
+        "the set itself and will not generalize to other prompts; use more preference rows, or rows closer to the "
+        "negatives"
     )

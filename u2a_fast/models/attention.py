@@ -59,7 +59,7 @@ class _Regrid(torch.autograd.Function):
         return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         index, inverse = ctx.saved_tensors
         if ctx.padding:
             return grad.index_select(0, inverse), None, None, None
@@ -167,7 +167,8 @@ def packed_layout(model: nn.Module, packed: Packed) -> Iterator[None]:
 
     The mask machinery of transformers builds no mask for an implementation that it has no mask function for.
     """
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "to_dict")}
+    held: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in held if hasattr(config, "_attn_implementation")}
     before = {key: config._attn_implementation for key, config in configs.items()}
     token = _layout.set(_make_layout(packed))
     try:

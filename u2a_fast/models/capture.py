@@ -44,7 +44,7 @@ class Capture:
             self._find_token_axes()
 
     def _find_token_axes(self) -> None:
-        n = sum(probe_lengths(self.decoder.model)) - 2
+        n = sum(probe_lengths(self.decoder)) - 2
         lengths = (n // 2, n - n // 2)
         ids = torch.zeros(n, dtype=torch.int64, device=self.decoder.device)
         positions = torch.cat([torch.arange(length) for length in lengths]).to(ids.device)

@@ -67,6 +67,13 @@ class _Bare(nn.Module):
         return type(self.module).forward(self.module, *args, **kwargs)
 
 
+def _tangent(
+    forward: Callable[[dict[str, Tensor]], Tensor], primal: dict[str, Tensor], tangent: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    out: Any = torch.func.jvp(forward, (primal,), (tangent,))
+    return out[0], out[1]
+
+
 def _contract_by_tangent(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Contraction:
     """Any module whose output at a token depends on its input at that token: its own tangent, dotted with g."""
     bare = _Bare(site.module)
@@ -80,7 +87,7 @@ def _contract_by_tangent(site: Site, args: tuple[Any, ...], kwargs: dict[str, An
         own = {f"module.{name}": p.detach() for name, p in parameters if name in site.directions}
         for k in range(next(iter(site.directions.values())).shape[0]):
             tangents = {name: site.direction(name.removeprefix("module."), p.dtype)[k] for name, p in own.items()}
-            _, dy = torch.func.jvp(forward, (own,), (tangents,))
+            dy = _tangent(forward, own, tangents)[1]
             product = (dy * g).movedim(site.token_axis, 0).flatten(1)
             rows.append(product.sum(1, dtype=torch.promote_types(g.dtype, torch.float32)))
         return segment_sum(torch.stack(rows), cu_seqlens)
@@ -115,7 +122,7 @@ def _affine_tangent(site: Site) -> _Affine | None:
     for k in range(next(iter(site.directions.values())).shape[0]):
         v = {f"module.{name}": site.direction(name, weight.dtype)[k] for name in site.directions}
         zero = {name: torch.zeros_like(p) for name, p in own.items()}
-        y, dy = torch.func.jvp(lambda p: torch.func.functional_call(bare, p, (x,)), (own,), (zero | v,))
+        y, dy = _tangent(lambda p: torch.func.functional_call(bare, p, (x,)), own, zero | v)
         dbias = v.get("module.bias", torch.zeros_like(weight))
         ratio = (dy[0] - dbias) / (y[0] - bias)
         error = (ratio * (y[1] - bias) + dbias - dy[1]).abs().max()

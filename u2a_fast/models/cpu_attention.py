@@ -1,7 +1,7 @@
 """Causal attention in half precision on CPU: the library's forward pass and a backward pass of six batched products.
 
-PyTorch's fused CPU backward takes 12 ms in bfloat16 where these products take 5 ms (6 examples of 170 tokens, 4 heads of
-64, one thread; benchmarks/LOG.md), because only whole products run on the matrix units. Probabilities and their
+PyTorch's fused CPU backward takes 12 ms in bfloat16 where these products take 5 ms (6 examples of 170 tokens, 4 heads
+of 64, one thread; benchmarks/LOG.md), because only whole products run on the matrix units. Probabilities and their
 gradients stay float32, so the result is no less accurate than the fused one.
 """
 
@@ -33,7 +33,7 @@ class _CausalAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, lse = ctx.saved_tensors
         batch, heads, length, size = q.shape
         groups = heads // k.shape[1]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,26 +42,30 @@ class Decoder:
         lm: the transformers causal LM inside (inside a PEFT model, say).
         body: its decoder, from token ids to the last hidden states.
         head_module: its LM head.
+        config: its text configuration.
         head: the head's parts where it is one plain linear layer, else None (LoRA on the head, say): then the logits of
             the scored tokens are materialized.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-        missing = [name for name in ("base_model", "get_output_embeddings", "config") if not hasattr(self.lm, name)]
+        wrapper: Any = model
+        lm: Any = wrapper.get_base_model() if hasattr(model, "get_base_model") else wrapper
+        self.lm = lm
+        missing = [name for name in ("base_model", "get_output_embeddings", "config") if not hasattr(lm, name)]
         if missing:
             raise TypeError(
                 "[model] expected a transformers causal LM (or a PEFT model around one), "
                 f"got {type(model).__name__} without {missing}"
             )
-        self.body = self.lm.base_model
-        self.head_module = self.lm.get_output_embeddings()
+        self.body = lm.base_model
+        self.head_module = lm.get_output_embeddings()
         if self.head_module is None or self.body is self.lm:
             raise TypeError(f"[model] {type(self.lm).__name__} has no LM head over a base model")
-        config = self.lm.config.get_text_config()
-        self.softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
-        self.scale = float(getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1))
+        self.config = lm.config.get_text_config()
+        self.softcap = float(getattr(self.config, "final_logit_softcapping", None) or 0.0)
+        divisor = getattr(self.config, "logits_scaling", None) or 1.0  # Granite divides logits, Cohere multiplies them
+        self.scale = float(getattr(self.config, "logit_scale", None) or 1 / divisor)
         self.head = self._plain_head()
 
     def _plain_head(self) -> Head | None:
@@ -71,6 +76,7 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
+        """Where token ids go."""
         return self.head_module.weight.device if self.head else next(self.model.parameters()).device
 
     def hidden(self, packed: Packed) -> Tensor:
@@ -84,13 +90,15 @@ class Decoder:
             )
         return out.last_hidden_state[0]
 
+    def logits(self, h: Tensor) -> Tensor:
+        """Logits (M, V) of hidden states (M, D) through the head module itself, float32 or float64."""
+        z = self.head_module(h[None])[0] * self.scale
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
+
     def materialized_logprobs(self, h: Tensor, target: Tensor) -> Tensor:
-        """log p(target) (M) of hidden states (M, D) through the head module itself."""
-        logits = self.head_module(h[None])[0] * self.scale
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.softcap:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
+        """log p(target) (M) of hidden states (M, D), all logits at once."""
+        return self.logits(h).log_softmax(-1).gather(-1, target[:, None])[:, 0]
 
     def token_logprobs(self, packed: Packed) -> Tensor:
         """log p of every scored token, (M), differentiable; float64 for a float64 model, else float32."""
@@ -140,11 +148,10 @@ def check_packing(decoder: Decoder) -> None:
     Raises:
         NotImplementedError: the model, as we run it, is not the model.
     """
-    config = decoder.lm.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
     examples = []
-    for length in probe_lengths(decoder.model):
-        ids = torch.randint(config.vocab_size, (length,), generator=generator)
+    for length in probe_lengths(decoder):
+        ids = torch.randint(decoder.config.vocab_size, (length,), generator=generator)
         examples.append({"input_ids": ids, "labels": torch.cat([torch.tensor([IGNORE_INDEX]), ids[1:]])})
     with torch.no_grad():
         packed = pack(examples, decoder.device)
@@ -163,11 +170,10 @@ def check_packing(decoder: Decoder) -> None:
         )
 
 
-def probe_lengths(model: nn.Module) -> tuple[int, int]:
+def probe_lengths(decoder: Decoder) -> tuple[int, int]:
     """Lengths of two short examples whose packed tokens are no size of any parameter: the token axis shows."""
-    sizes = {size for p in model.parameters() for size in p.shape}
-    config = model.config.get_text_config()
-    sizes |= {value for value in vars(config).values() if isinstance(value, int)}
+    sizes = {size for p in decoder.model.parameters() for size in p.shape}
+    sizes |= {value for value in vars(decoder.config).values() if isinstance(value, int)}
     n = next(n for n in range(13, 10_000) if n not in sizes)
     return n // 2 + 3, n - n // 2 - 1
 

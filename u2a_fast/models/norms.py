@@ -1,7 +1,8 @@
 """RMS norms with a short backward pass, put in place of the model's own while it is scored.
 
-The models write their RMS norm out operation by operation, and autograd answers each of them: 2.2 ms forward and backward for
-1024 x 256 float32 values on one thread, against 0.8 ms here (benchmarks/LOG.md); on small models that is a tenth of scoring.
+The models write their RMS norm out operation by operation, and autograd answers each of them: 2.2 ms forward and
+backward for 1024 x 256 float32 values on one thread, against 0.8 ms here (benchmarks/LOG.md); on small models that is
+a tenth of scoring.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ class _RMSNorm(torch.autograd.Function):
         return (normal * scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         normal, inverse, scale = ctx.saved_tensors
         scaled = torch.mul(grad.float(), scale)  # a product of two precisions would run unvectorized
         along = torch.linalg.vecdot(scaled, normal).unsqueeze(-1) / normal.shape[-1]
@@ -55,7 +56,8 @@ def _short_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 def short_rms_norms(model: nn.Module) -> Iterator[None]:
     """Use ``_RMSNorm`` in every RMS norm of ``model`` that computes it, for the duration of the block.
 
-    Weights must not change in the block, nor need gradients. float64 models keep their own norms: they are there to be exact.
+    Weights must not change in the block, nor need gradients. float64 models keep their own norms: they are there to
+        be exact.
     """
     replaced = []
     try:
@@ -64,7 +66,7 @@ def short_rms_norms(model: nn.Module) -> Iterator[None]:
             if own and all(p.dtype != torch.float64 for p in module.parameters(recurse=False)):
                 forward = _short_forward(module)
                 if forward is not None:
-                    module.forward = forward  # type: ignore[assignment]
+                    module.forward = forward
                     replaced.append(module)
         yield
     finally:

@@ -127,7 +127,7 @@ def exponentiated_gradient(
     min_ess: float = 0.5,
     cap: float | None = None,
 ) -> WeightUpdate:
-    """w <- n * normalise(w * exp(+eta z - eta reg)), z the gains, ranked or winsorised, over their standard deviation.
+    """w <- n * normalize(w * exp(+eta z - eta reg)), z the gains, ranked or winsorised, over their standard deviation.
 
     The sign is that of descent on L_PA (u2a_fast docs/unlearning.md). Where the effective sample size would fall below
     its floor, all log-weights are scaled down by one factor (from equal weights this is a smaller eta).
@@ -169,7 +169,7 @@ def exponentiated_gradient(
 
 
 def released_exponentiated_gradient(weights: np.ndarray, scores: np.ndarray, *, eta: float = 0.01) -> WeightUpdate:
-    """w <- n * normalise(w * exp(-eta s)), the public U2A release's update: its sign raises L_PA. A baseline, no more.
+    """w <- n * normalize(w * exp(-eta s)), the public U2A release's update: its sign raises L_PA. A baseline, no more.
 
     Gains are used as they come, without scaling, clipping or a floor, as there.
     """

@@ -1,7 +1,6 @@
 """The retain term: what must stay as it is while negatives are unlearned."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,18 +37,11 @@ class RetainSampler:
         return torch.randperm(self.count, generator=generator).tolist()
 
 
-def _logits(decoder: Decoder, h: Tensor) -> Tensor:
-    """Logits (M, V) of hidden states (M, D), float32 or float64."""
-    z = decoder.head_module(h[None])[0] * decoder.scale
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
-    return decoder.softcap * torch.tanh(z / decoder.softcap) if decoder.softcap else z
-
-
 def _divergence(decoder: Decoder, reference: ParameterSnapshot, h: Tensor, h_reference: Tensor) -> Tensor:
     """KL(reference || model) of the next-token distributions at hidden states (M, D), (M)."""
     with torch.no_grad(), reference.swapped_in(decoder.model):
-        expected = _logits(decoder, h_reference).log_softmax(-1)
-    return (expected.exp() * (expected - _logits(decoder, h).log_softmax(-1))).sum(-1)
+        expected = decoder.logits(h_reference).log_softmax(-1)
+    return (expected.exp() * (expected - decoder.logits(h).log_softmax(-1))).sum(-1)
 
 
 def _kl_tokens(decoder: Decoder, reference: ParameterSnapshot, packed: Packed) -> Tensor:
@@ -57,8 +49,7 @@ def _kl_tokens(decoder: Decoder, reference: ParameterSnapshot, packed: Packed) -
     with torch.no_grad(), without_dropout(decoder.model), reference.swapped_in(decoder.model):
         h_reference = decoder.hidden(packed)[packed.rows]
     h = decoder.hidden(packed)[packed.rows]
-    config: Any = decoder.lm.config
-    size = max(1, _LOGITS // config.get_text_config().vocab_size)
+    size = max(1, _LOGITS // decoder.config.vocab_size)
     # recomputed in the backward pass, so that one chunk's logits are freed before the next one's are made
     chunks = [
         checkpoint(_divergence, decoder, reference, part, part_reference, use_reentrant=False, preserve_rng_state=False)
