@@ -1,5 +1,6 @@
 """The public U2A procedure, re-expressed, and the forward pass that all costs are counted in."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,3 +62,14 @@ def forward_answer_head(decoder: Decoder, examples: Sequence[Example]) -> Tensor
     """The same with the head on the scored tokens only, by ``linear_logprob``."""
     with torch.no_grad():
         return decoder.token_logprobs(pack(examples, decoder.device))
+
+
+def float64_scores(model: nn.Module, direction: Mapping[str, Tensor], examples: Sequence[Example]) -> Tensor:
+    """Scores (B) by per-example autograd on a float64 copy of the model: what float32 scores are judged against."""
+    in_double = {name: v.double() for name, v in direction.items()}
+    return PublicProcedure(copy.deepcopy(model).double(), in_double)(examples)
+
+
+def score_error(scores: Tensor, exact: Tensor) -> float:
+    """Largest error relative to the score, or to the median magnitude where a score is smaller."""
+    return float(((scores.double() - exact).abs() / exact.abs().clamp(min=exact.abs().median())).max())

@@ -4,7 +4,7 @@
 
 Every point runs in a process of its own. Once model, directions and libraries are in memory (a short example has been
 scored), the kernel's high-water mark of the resident set is reset; what it has risen by when scoring ends is the peak.
-Linux only: it takes /proc/self/clear_refs. The gate: scores agree with per-example autograd (vocabulary), and the file
+Linux only: it takes /proc/self/clear_refs. The gate: scores agree with float64 autograd (vocabulary), and the file
 holds every negative and the scores of a direct call (negatives).
 """
 
@@ -24,7 +24,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/memory.py`
 
-from benchmarks.baselines import PublicProcedure, forward_full_head
+from benchmarks.baselines import float64_scores, forward_full_head, score_error
 from benchmarks.machine import ROOT
 from benchmarks.rows import Row, make_row, write_rows
 from benchmarks.workloads import TokenExample, Workload, llama, random_examples, random_llama
@@ -81,13 +81,12 @@ def _vocabulary_point(size: int) -> dict[str, Any]:
         "logits_mib": tokens * size * 4 / MIB,
         "weights_mib": sum(p.nbytes for p in workload.model.parameters()) / MIB,
         "passed": error <= AGREEMENT,
-        "gate": f"scores of 4 examples within {error:.1e} (relative) of per-example autograd",
+        "gate": f"scores of 4 examples within {error:.1e} (relative) of float64 autograd",
     }
 
 
 def _disagreement(workload: Workload, direction: dict[str, torch.Tensor], scores: torch.Tensor) -> float:
-    exact = PublicProcedure(workload.model, direction)(workload.examples[: len(scores)])
-    return float(((scores - exact) / exact).abs().max())
+    return score_error(scores, float64_scores(workload.model, direction, workload.examples[: len(scores)]))
 
 
 def _stream(count: int) -> Iterator[dict[str, Any]]:

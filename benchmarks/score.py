@@ -22,7 +22,13 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/score.py`
 
-from benchmarks.baselines import PublicProcedure, forward_answer_head, forward_full_head
+from benchmarks.baselines import (
+    PublicProcedure,
+    float64_scores,
+    forward_answer_head,
+    forward_full_head,
+    score_error,
+)
 from benchmarks.machine import has_cpu_flag
 from benchmarks.rows import Row, make_row, write_rows
 from benchmarks.timing import once, ratios
@@ -80,19 +86,14 @@ def _gate(workload: Workload, direction: dict[str, Tensor], contestants: dict[st
         for name, found in scores.items():
             found[positions] = contestants[name](batch).double()
     checked = workload.examples[:CHECKED]
-    in_double = {name: v.double() for name, v in direction.items()}
-    exact = PublicProcedure(copy.deepcopy(workload.model).double(), in_double)(checked)
-    errors = {"fp32": _error(scores["fp32"][: len(checked)], exact)}
-    errors |= {n: _error(contestants[n](checked).double(), exact) for n in contestants if n.startswith("public")}
+    exact = float64_scores(workload.model, direction, checked)
+    errors = {"fp32": score_error(scores["fp32"][: len(checked)], exact)}
+    errors |= {n: score_error(contestants[n](checked), exact) for n in contestants if n.startswith("public")}
     for name, error in errors.items():
         if not error <= AGREEMENT:
             raise GateError(f"{workload.name}: {name} scores differ from float64 autograd by {error:.1e} (relative)")
     ranking = spearman(scores["bf16"].numpy(), scores["fp32"].numpy())
     return {"relative_error": errors["fp32"], "spearman_bf16": ranking, "checked": len(checked)}
-
-
-def _error(scores: Tensor, exact: Tensor) -> float:
-    return float(((scores - exact).abs() / exact.abs().clamp(min=exact.abs().median())).max())
 
 
 def measure(workload: Workload, *, rounds: int, public: bool) -> Row:
