@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from u2a_fast.cli import app
 from u2a_fast.models.loading import load_model
-from u2a_fast.store import read_scores, read_selection
+from u2a_fast.store import lock_folder, read_scores, read_selection
 
 RUN = [sys.executable, "-c", "from u2a_fast.cli import app; app()"]
 
@@ -454,3 +454,71 @@ def test_every_verb_is_documented():
     page = (Path(__file__).resolve().parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
     verbs = [str(command.callback.__name__) for command in app.registered_commands if command.callback is not None]
     assert [line.split()[1] for line in page.split("```")[1].splitlines() if line.startswith("u2a-fast ")] == verbs
+
+
+def test_a_folder_of_another_verb_is_refused(scored, tmp_path):
+    shutil.copytree(scored, tmp_path / "s")
+    before = (tmp_path / "s" / "run.yaml").read_bytes()
+    same = ("select", "--scores", tmp_path / "s", "--k", 2, "--out", tmp_path / "s")
+    assert "holds a run of 'score'" in error_line(run(*same, code=2))
+    assert (tmp_path / "s" / "run.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("verb", ["unlearn", "align"])
+def test_the_model_given_is_never_replaced(home, tmp_path, verb):
+    shutil.copytree(home / "model", tmp_path / "model")
+    arguments = (unlearning if verb == "unlearn" else aligning)(home, tmp_path, "--model", tmp_path / "model")
+    assert (tmp_path / "model").is_dir() and run(*arguments, code=2)
+    assert "would replace --model" in error_line(run(*arguments, "--overwrite", code=2))
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == (home / "model/model.safetensors").read_bytes()
+
+
+def test_a_model_of_somebody_else_is_not_replaced(home, tmp_path):
+    (tmp_path / "model").mkdir()
+    assert "holds model: pass --overwrite" in error_line(run(*unlearning(home, tmp_path), code=2))
+
+
+def test_two_runs_do_not_share_a_folder(home, scored, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    unlock = lock_folder(out)
+    for arguments in (scoring(home, out), unlearning(home, out), aligning(home, out)):
+        assert "another run is writing into" in error_line(run(*arguments, code=2))
+        assert not list(out.iterdir())
+    unlock()
+    run("select", "--scores", scored, "--k", 2, "--out", out)
+    run("select", "--scores", scored, "--k", 3, "--out", out, "--overwrite")
+
+
+def test_broken_models_end_in_one_line(home, tmp_path):
+    def damaged(name: str) -> Path:
+        return shutil.copytree(home / "model", tmp_path / name)
+
+    weights = load_file(home / "model" / "model.safetensors")
+    cut = damaged("cut") / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:5000])
+    save_file({k: v for k, v in weights.items() if "layers.1" not in k}, damaged("lacking") / "model.safetensors")
+    config = json.loads((home / "model" / "config.json").read_text())
+    (damaged("shape") / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+    (damaged("typeless") / "config.json").write_text("{}")
+    few = {name: v[:64] if v.shape[0] == config["vocab_size"] else v for name, v in weights.items()}
+    save_file(few, damaged("few") / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "few" / "config.json").write_text(json.dumps(config | {"vocab_size": 64}))
+    for name, words in [
+        ("cut", "cannot be loaded as a causal LM"),
+        ("lacking", "lacks 9 weights of a LlamaForCausalLM: model.layers.1."),
+        ("shape", "cannot be loaded as a causal LM"),
+        ("typeless", "has no usable config.json"),
+        ("few", "expected embeddings for the tokenizer's"),
+    ]:
+        assert words in error_line(run(*scoring(home, tmp_path / "out", "--model", tmp_path / name), code=2))
+
+
+def test_odd_options_end_in_one_line(home, tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("3: 4\n")
+    assert "does not have: 3" in error_line(run("score", "--config", config, code=2))
+    assert "a regular expression" in error_line(run(*scoring(home, tmp_path / "o", "--parameters", "re:["), code=2))
+    for options, words in [(["--strategy", "budget"], "token_budget >= 1"), (["--cap", "nan"], "cap >= 1")]:
+        assert words in error_line(run(*aligning(home, tmp_path / "a", *options), code=2))
+    assert not (tmp_path / "a").exists(), "before any scoring"

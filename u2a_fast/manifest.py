@@ -14,7 +14,7 @@ import yaml
 
 from u2a_fast.store.files import write_text
 
-__all__ = ["RunRecord", "read_options", "versions"]
+__all__ = ["RunRecord", "read_options", "recorded_command", "versions"]
 
 PACKAGES = ("u2a_fast", "torch", "transformers", "triton", "datasets", "peft", "accelerate", "numpy", "pyarrow")
 
@@ -84,6 +84,15 @@ def read_options(path: Path, command: str) -> dict[str, Any]:
     if not isinstance(content["options"], dict):
         raise ValueError(f"[config] expected a mapping under 'options' in {path}")
     return content["options"]
+
+
+def recorded_command(path: Path) -> str | None:
+    """The verb that wrote the run.yaml ``path``; None where there is none, or it is none of ours."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return content.get("command") if isinstance(content, dict) else None
 
 
 def versions() -> dict[str, str | None]:

@@ -10,9 +10,17 @@ from torch import nn
 from u2a_fast.cli import inputs
 from u2a_fast.cli import options as o
 from u2a_fast.cli.select import selection_settings
-from u2a_fast.cli.session import progress, refuse_existing, remove_results, show_result, verb, write_skipped
+from u2a_fast.cli.session import (
+    claim_folder,
+    progress,
+    refuse_existing,
+    remove_results,
+    show_result,
+    verb,
+    write_skipped,
+)
 from u2a_fast.cli.signal import check_signal
-from u2a_fast.cli.train import load_trainable, read_retain, start_record, unlearn_config
+from u2a_fast.cli.train import load_trainable, read_retain, refuse_input, start_record, unlearn_config
 from u2a_fast.data import Negatives
 from u2a_fast.influence.objectives import Objective
 from u2a_fast.unlearning import AlignConfig, AlignResult
@@ -30,7 +38,8 @@ RESULTS = (*FINISHED, "metrics.json", "align.json", "signal.json", "round-*")
 def align(context: typer.Context) -> None:
     """Score, select, weigh and unlearn in rounds, until the held-out preference loss stops falling."""
     p, out = context.params, context.params["out"]
-    refuse_existing(out, FINISHED, overwrite=p["overwrite"])
+    refuse_existing(context, FINISHED)
+    refuse_input(p)
     config = align_config(p)
     tokenizer, settings = inputs.tokenization(p)
     rows = inputs.read_objective_rows(p, tokenizer, settings)
@@ -39,6 +48,7 @@ def align(context: typer.Context) -> None:
     sources = [source for source in (rows, negatives, retain) if source is not None]
     model, tokenizer = load_trainable(p)
     objective = inputs.make_objective(p, rows)
+    claim_folder(context, FINISHED)
     if p["overwrite"]:
         remove_results(out, RESULTS)
     resolved = {"objective": inputs.objective_kind(p), "objective_reduction": objective.reduction}

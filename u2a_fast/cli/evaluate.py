@@ -8,12 +8,14 @@ import typer
 
 from u2a_fast.cli import inputs
 from u2a_fast.cli import options as o
-from u2a_fast.cli.session import refuse_existing, run_options, show_result, verb, write_skipped
+from u2a_fast.cli.session import claim_folder, refuse_existing, run_options, show_result, verb, write_skipped
 from u2a_fast.data import Negatives, Rows, read_negatives, read_positives, read_preferences
 from u2a_fast.evaluation import evaluate as measure
 from u2a_fast.manifest import RunRecord
 from u2a_fast.models.loading import load_model, model_files, resolve_device
 from u2a_fast.store import sha256_of_files, write_text
+
+RESULTS = ("metrics.json",)
 
 SETS: o.Group = {
     "reference": (o.option(str | None, "The model before unlearning: for implicit rewards and rises."), None),
@@ -31,7 +33,7 @@ SETS: o.Group = {
 def evaluate(context: typer.Context) -> None:
     """Measure a model: preference on pairs, forgetting on negatives, utility on positives, with intervals."""
     p, out = context.params, context.params["out"]
-    refuse_existing(out, ("metrics.json",), overwrite=p["overwrite"])
+    refuse_existing(context, RESULTS)
     place, dtype = resolve_device(p["device"]), str(p["dtype"])
     tokenizer, settings = inputs.tokenization(p)
     sets = _read_sets(p, tokenizer, settings)
@@ -40,6 +42,7 @@ def evaluate(context: typer.Context) -> None:
     folders = [*model_files(p["model"], p["adapter"]), *model_files(p["reference"])]
     used = run_options(context, device=str(place), max_length=settings["max_length"])
     hashes = sha256_of_files([*folders, *inputs.data_files(*sets.values())])
+    claim_folder(context, RESULTS)
     record = RunRecord.start("evaluate", used, out, device=str(place), hashes=hashes)
     options = {name: p[name] for name in ("beta", "token_budget", "seed")}
     metrics: dict[str, Any] = measure(model, tokenizer, **sets, reference=reference, **options)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from u2a_fast import __version__
 from u2a_fast.cli import inputs
 from u2a_fast.cli import options as o
 from u2a_fast.cli.session import (
+    claim_folder,
     note,
     progress,
     refuse_existing,
@@ -28,6 +29,7 @@ from u2a_fast.manifest import RunRecord
 from u2a_fast.models.loading import load_model, model_files, resolve_device
 from u2a_fast.store import ScoreSummary, check_target, score_to_parquet, sha256_of_files
 
+RESULTS = ("scores.parquet",)
 NOT_IN_FINGERPRINT = {"out", "signal_check"}
 
 
@@ -44,7 +46,7 @@ SCORING: o.Group = {
 def score(context: typer.Context) -> None:
     """Score every negative: how much unlearning it would raise preference performance (positive: it helps)."""
     p, out = context.params, context.params["out"]
-    refuse_existing(out, ("scores.parquet",), overwrite=p["overwrite"])
+    refuse_existing(context, RESULTS)
     place = resolve_device(p["device"])
     tokenizer, settings = inputs.tokenization(p)
     rows = inputs.read_objective_rows(p, tokenizer, settings)
@@ -59,12 +61,13 @@ def score(context: typer.Context) -> None:
         objective_reduction=objective.reduction,
     )
     fingerprint = _fingerprint(used, [*model_files(p["model"], p["adapter"]), *inputs.data_files(rows, negatives)])
-    if p["overwrite"]:
-        remove_results(out, ("signal.json",))
-    else:
+    if not p["overwrite"]:
         check_target(out, fingerprint, window=p["window"])
     model, tokenizer = load_model(p["model"], device=place, adapter=p["adapter"])
     scorer = inputs.make_scorer(p, model, tokenizer, objective)
+    claim_folder(context, RESULTS)
+    if p["overwrite"]:
+        remove_results(out, ("signal.json",))
     record = RunRecord.start("score", used, out, device=str(place), hashes=fingerprint["inputs"])
     resumed = (out / "parts" / "manifest.json").exists()
     signal = check_signal(scorer, negatives, out, seed=p["seed"], resumed=resumed) if p["signal_check"] else None

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from u2a_fast.cli import options as o
-from u2a_fast.cli.session import REQUIRED, note, refuse_existing, run_options, show_result, verb
+from u2a_fast.cli.session import REQUIRED, claim_folder, note, refuse_existing, run_options, show_result, verb
 from u2a_fast.influence.scorer import Scores
 from u2a_fast.manifest import RunRecord
 from u2a_fast.selection import Selection
@@ -15,6 +15,8 @@ from u2a_fast.selection import select as choose
 from u2a_fast.store import read_scores, sha256_of_files, write_selection
 
 SCORES: o.Group = {"scores": (o.option(Path, "Folder of a score run, or its scores.parquet."), REQUIRED)}
+
+RESULTS = ("selection.parquet",)
 
 
 def selection_settings(p: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,10 +29,11 @@ def selection_settings(p: Mapping[str, Any]) -> dict[str, Any]:
 def select(context: typer.Context) -> None:
     """Choose negatives by their scores and weigh them; weights have mean 1."""
     p, out = context.params, context.params["out"]
-    refuse_existing(out, ("selection.parquet",), overwrite=p["overwrite"])
+    refuse_existing(context, RESULTS)
     scores = Scores(**read_scores(p["scores"]))
     chosen = choose(scores, **selection_settings(p))
     file = p["scores"] / "scores.parquet" if p["scores"].is_dir() else p["scores"]
+    claim_folder(context, RESULTS)
     record = RunRecord.start("select", run_options(context), out, device="cpu", hashes=sha256_of_files([file]))
     write_selection(out / "selection.parquet", chosen)
     result = _result(chosen, len(scores), out)

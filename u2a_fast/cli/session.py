@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from u2a_fast.data import Negatives, Rows
-from u2a_fast.manifest import read_options
-from u2a_fast.store import write_text
+from u2a_fast.manifest import read_options, recorded_command
+from u2a_fast.store import lock_folder, write_text
 
 __all__ = [
     "REQUIRED",
+    "claim_folder",
     "load_config",
     "note",
     "progress",
@@ -78,7 +79,7 @@ def load_config(context: typer.Context, path: Path | None) -> Path | None:
         return path
     command = str(context.info_name)
     try:
-        options = {name.replace("-", "_"): value for name, value in read_options(path, command).items()}
+        options = {str(name).replace("-", "_"): value for name, value in read_options(path, command).items()}
         known = {str(parameter.name) for parameter in context.command.params} - NOT_RECORDED
         if unknown := sorted(set(options) - known):
             raise ValueError(f"[config] {path} holds options that {command} does not have: {', '.join(unknown)}")
@@ -119,13 +120,24 @@ def _recorded(name: str, value: Any) -> Any:
     return str(Path(value).absolute()) if is_path else value
 
 
-def refuse_existing(out: Path, names: tuple[str, ...], *, overwrite: bool) -> None:
-    """Raise FileExistsError if ``out`` is a file, or holds one of ``names`` and ``overwrite`` was not given."""
+def refuse_existing(context: typer.Context, names: tuple[str, ...]) -> None:
+    """Raise FileExistsError if ``--out`` is a file or, without ``--overwrite``, holds ``names`` or another verb's run."""
+    out, overwrite = context.params["out"], context.params["overwrite"]
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"--out: expected a folder, got the file {out}")
     found = [name for name in names if (out / name).exists()]
     if found and not overwrite:
         raise FileExistsError(f"--out: {out} holds {', '.join(found)}: pass --overwrite to replace it")
+    other = recorded_command(out / "run.yaml")
+    if other not in (None, context.info_name) and not overwrite:
+        raise FileExistsError(f"--out: {out} holds a run of {other!r}: choose another folder, or pass --overwrite")
+
+
+def claim_folder(context: typer.Context, names: tuple[str, ...]) -> None:
+    """Make ``--out`` and keep other runs out of it until the verb ends; refuse what one has written meanwhile."""
+    context.params["out"].mkdir(parents=True, exist_ok=True)
+    context.call_on_close(lock_folder(context.params["out"]))
+    refuse_existing(context, names)
 
 
 def remove_results(out: Path, patterns: tuple[str, ...]) -> None:

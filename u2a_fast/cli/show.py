@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from u2a_fast.cli import options as o
-from u2a_fast.cli.session import REQUIRED, refuse_existing, run_options, show_result, verb
+from u2a_fast.cli.session import REQUIRED, claim_folder, refuse_existing, run_options, show_result, verb
 from u2a_fast.demo import run as run_demo
 from u2a_fast.doctor import Finding, diagnose
 from u2a_fast.manifest import RunRecord
@@ -36,6 +36,8 @@ def report(context: typer.Context) -> None:
     show_result({"report": str(write_report(p["run"], page))}, as_json=p["json_output"])
 
 
+RESULTS = ("demo.json",)
+
 _DEMO: o.Group = {
     "seed": (o.option(int, "Of the corpus and the model that the folders are about."), 0),
     "seeds": (o.option(list[int] | None, "Of the comparison of arms; repeatable; default ten."), None),
@@ -48,8 +50,9 @@ _DEMO: o.Group = {
 def demo(context: typer.Context) -> None:
     """Run the main job on a model and a corpus made on the spot, whose truth is known, and say which claims hold."""
     p, out = context.params, context.params["out"]
-    refuse_existing(out, ("demo.json",), overwrite=p["overwrite"])
+    refuse_existing(context, RESULTS)
     place = resolve_device(p["device"])
+    claim_folder(context, RESULTS)
     record = RunRecord.start("demo", run_options(context, device=str(place)), out, device=str(place), hashes={})
     result = run_demo(out, seed=p["seed"], seeds=p["seeds"] or None, fast=p["fast"], device=place)
     record.finish(result)

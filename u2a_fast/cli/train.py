@@ -11,6 +11,7 @@ from torch import nn
 from u2a_fast.cli import inputs
 from u2a_fast.cli import options as o
 from u2a_fast.cli.session import (
+    claim_folder,
     progress,
     refuse_existing,
     remove_results,
@@ -41,7 +42,10 @@ SELECTED: o.Group = {
 def unlearn(context: typer.Context) -> None:
     """Unlearn negatives with the weights of a selection; writes the model, its tokenizer and metrics."""
     p, out = context.params, context.params["out"]
-    refuse_existing(out, FINISHED, overwrite=p["overwrite"])
+    # a model in a folder that no run has touched is somebody's own
+    finished = FINISHED if (out / "run.yaml").exists() else (*FINISHED, "model")
+    refuse_existing(context, finished)
+    refuse_input(p)
     config = unlearn_config(p)
     tokenizer, settings = inputs.tokenization(p)
     retain = read_retain(p, tokenizer, settings)
@@ -49,6 +53,7 @@ def unlearn(context: typer.Context) -> None:
     rows, weights, files = _weighted(negatives, p["selection"])
     sources = [source for source in (negatives, retain) if source is not None]
     model, tokenizer = load_trainable(p)
+    claim_folder(context, finished)
     record = start_record(context, "unlearn", settings, [*files, *inputs.data_files(*sources)])
     if p["overwrite"]:
         remove_results(out, (*FINISHED, "model", "checkpoints"))
@@ -61,6 +66,15 @@ def unlearn(context: typer.Context) -> None:
     shown = {"model": str(result.model_dir), **shown}
     record.finish(shown)
     show_result(shown, as_json=p["json_output"])
+
+
+def refuse_input(p: Mapping[str, Any]) -> None:
+    """Raise ValueError if the folder of the new model is, or holds, that of the model that it is made from."""
+    target = (p["out"] / "model").resolve()
+    for name in ("model", "adapter"):
+        source = Path(p[name]).resolve() if p[name] is not None else None
+        if source is not None and source.exists() and source.is_relative_to(target):
+            raise ValueError(f"--out: {target} would replace --{name} {p[name]}: choose another folder")
 
 
 def unlearn_config(p: Mapping[str, Any]) -> UnlearnConfig:

@@ -35,6 +35,8 @@ def parse_row(kind: Kind, layout: Layout, columns: Mapping[str, Any]) -> ParsedR
     else:
         prompt, answers = _split_conversations(answers)
     prompt, answers = _same_form(prompt, answers)
+    if kind.name == "preferences" and answers[0] == answers[1]:
+        raise RowProblem("chosen and rejected are the same: the pair prefers nothing")
     reward = _reward(columns, layout.columns["reward"]) if kind.reward else None
     identifier = _identifier(columns, layout.columns["id"]) if "id" in layout.columns else None
     return ParsedRow(identifier, prompt, answers, reward)

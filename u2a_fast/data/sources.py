@@ -98,7 +98,7 @@ class ParquetFile:
                     for columns in batch.to_pylist():
                         number += 1
                         yield RawRow(number, columns)
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowException, OSError) as error:
             raise ValueError(f"[data] expected a Parquet file, got {self.path}: {error}") from error
 
 

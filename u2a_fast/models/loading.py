@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -38,14 +39,26 @@ def load_model(
             raise ValueError(f"[model] expected a base model below the adapter {adapter}, got the adapter {name}")
         base, adapter = _adapter_base(name), name
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(base, dtype=_dtype(dtype))
-    except (OSError, ValueError) as error:
+        loaded = AutoModelForCausalLM.from_pretrained(base, dtype=_dtype(dtype), output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         where = "" if Path(base).is_dir() else " (no such folder, so taken for a hub name)"
         raise ValueError(f"[model] {base}{where} cannot be loaded as a causal LM: {_first_line(error)}") from error
+    model: nn.Module = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):
+        raise ValueError(f"[model] {base} lacks {len(missing)} weights of a {type(model).__name__}: {missing[0]}, ...")
     tokenizer = load_tokenizer(name)
+    _check_vocabulary(model, tokenizer)
     if adapter is not None:
         model = _with_adapter(model, _check_location(adapter, "adapter"))
     return model.to(place).eval(), tokenizer
+
+
+def _check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
+    """Raise ValueError if the tokenizer's own tokens, additions that data may never hold aside, lack embeddings."""
+    rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    needed = max([tokenizer.vocab_size - 1, *(i for i in (tokenizer.eos_token_id, tokenizer.bos_token_id) if i)]) + 1
+    if needed > rows:
+        raise ValueError(f"[model] expected embeddings for the tokenizer's {needed} tokens, got {rows}")
 
 
 def load_tokenizer(path_or_name: str | Path) -> Any:
@@ -69,11 +82,18 @@ def context_length(model_or_name: nn.Module | str | Path, tokenizer: Any) -> int
     else:
         folder = Path(model_or_name)
         is_adapter = (folder / ADAPTER_CONFIG).is_file()
-        config = AutoConfig.from_pretrained(_adapter_base(str(folder)) if is_adapter else str(model_or_name))
+        config = _config(_adapter_base(str(folder)) if is_adapter else str(model_or_name))
     text_config = config.get_text_config()
     limits = [getattr(text_config, "max_position_embeddings", None), tokenizer.model_max_length]
     known = [limit for limit in limits if limit is not None and 0 < limit < NO_LIMIT]
     return min(known, default=None)
+
+
+def _config(name: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"[model] {name} has no usable config.json: {_first_line(error)}") from error
 
 
 def model_files(*paths_or_names: str | Path | None) -> list[Path]:

@@ -55,7 +55,10 @@ def selected_parameters(model: nn.Module, select: str | Sequence[str] = "trainab
     elif select == "all":
         chosen = named
     elif isinstance(select, str) and select.startswith("re:"):
-        pattern = re.compile(select.removeprefix("re:"))
+        try:
+            pattern = re.compile(select.removeprefix("re:"))
+        except re.error as error:
+            raise ValueError(f"[parameters] expected a regular expression, got {select!r}: {error}") from error
         chosen = {name: p for name, p in named.items() if pattern.search(name)}
     else:
         wanted = {select} if isinstance(select, str) else set(select)

@@ -1,12 +1,13 @@
 """Results on disk: whole files only, and scores that resume."""
 
-from u2a_fast.store.files import sha256_of_files, write_atomically, write_text
+from u2a_fast.store.files import lock_folder, sha256_of_files, write_atomically, write_text
 from u2a_fast.store.scores import ScoreSummary, check_target, read_scores, score_to_parquet
 from u2a_fast.store.selections import read_selection, write_selection
 
 __all__ = [
     "ScoreSummary",
     "check_target",
+    "lock_folder",
     "read_scores",
     "read_selection",
     "score_to_parquet",

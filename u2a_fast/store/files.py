@@ -5,7 +5,10 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-__all__ = ["sha256_of_file", "sha256_of_files", "write_atomically", "write_text"]
+if os.name == "posix":
+    import fcntl
+
+__all__ = ["lock_folder", "sha256_of_file", "sha256_of_files", "write_atomically", "write_text"]
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -35,6 +38,23 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def lock_folder(folder: Path) -> Callable[[], None]:
+    """Lock ``folder`` against other processes; returns what unlocks it. The end of the process unlocks it too.
+
+    Raises FileExistsError if another run holds it. File systems without locks are taken as free.
+    """
+    if os.name != "posix":
+        return lambda: None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if isinstance(error, BlockingIOError):
+            os.close(descriptor)
+            raise FileExistsError(f"[out] another run is writing into {folder}") from None
+    return lambda: os.close(descriptor)
 
 
 def sha256_of_file(path: Path) -> str:

@@ -125,7 +125,7 @@ def read_table(path: Path | str, name: str, schema: pa.Schema) -> dict[str, np.n
         raise FileNotFoundError(f"[store] no such file: {file}")
     try:
         table = pq.read_table(file)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"[store] expected a Parquet file, got {file}: {error}") from error
     if not set(schema.names) <= set(table.column_names):
         raise ValueError(f"[store] expected the columns {schema.names} in {file}, got {table.column_names}")

@@ -133,4 +133,11 @@ class AlignConfig:
             _expect(getattr(self, key) >= 1, name, f"{key} >= 1", getattr(self, key))
         for key, known in (("strategy", STRATEGIES), ("weights", WEIGHTS), ("transform", TRANSFORMS)):
             _expect(getattr(self, key) in known, name, f"{key} out of {list(known)}", getattr(self, key))
+        # what select would refuse, before a round of scoring rather than after it
+        needed = {"top-k": "k", "as-released": "k", "budget": "token_budget"}.get(self.strategy)
+        size = getattr(self, needed) if needed is not None else None
+        _expect(needed is None or (size is not None and size >= 1), name, f"{needed} >= 1 for {self.strategy}", size)
+        _expect(self.cap is None or self.cap >= 1, name, "cap >= 1 or None", self.cap)
+        _expect(self.eta is None or self.eta >= 0, name, "eta >= 0 or None", self.eta)
+        _expect(0 <= self.clip < 0.5, name, "0 <= clip < 0.5", self.clip)
         _expect(0 < self.heldout_fraction < 1, name, "0 < heldout_fraction < 1", self.heldout_fraction)
