@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_files import save_tiny_model, tiny_model
 from typer.testing import CliRunner
@@ -233,7 +234,13 @@ def test_adapter_folder_is_loaded_and_scored(home, tmp_path):
 def start(arguments: list[str]) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
-        [*RUN, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [*RUN, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # a job that a shell put in the background ignores Ctrl-C, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
@@ -512,6 +519,15 @@ def test_broken_models_end_in_one_line(home, tmp_path):
         ("few", "expected embeddings for the tokenizer's"),
     ]:
         assert words in error_line(run(*scoring(home, tmp_path / "out", "--model", tmp_path / name), code=2))
+
+
+def test_a_full_disk_ends_in_one_line(home, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    assert "No space left on device" in error_line(run(*unlearning(home, tmp_path / "u"), code=2))
+    assert not (tmp_path / "u" / "model").exists()
 
 
 def test_odd_options_end_in_one_line(home, tmp_path):

@@ -134,6 +134,22 @@ def test_unknown_and_ambiguous_columns_are_named(tmp_path, tokenizer):
         read_negatives(path, tokenizer)
 
 
+def test_a_pair_of_equal_answers_is_a_bad_row(tokenizer):
+    rows = [{"prompt": "q", "chosen": "yes", "rejected": answer} for answer in ("no", "yes")]
+    with pytest.raises(BadRowsError, match="rows:2: chosen and rejected are the same"):
+        read_preferences(rows, tokenizer)
+    assert len(read_preferences(rows, tokenizer, on_bad_row="skip")) == 1
+
+
+def test_damaged_parquet_is_named(tmp_path, tokenizer):
+    path = tmp_path / "n.parquet"
+    pq.write_table(pa.table({"prompt": [f"q {i}" for i in range(99)], "response": ["no"] * 99}), path)
+    data = path.read_bytes()
+    path.write_bytes(data[:40] + b"\xff" * 60 + data[100:])
+    with pytest.raises(ValueError, match="expected a Parquet file, got .*n.parquet"):
+        read_negatives(path, tokenizer)
+
+
 def test_preferences_plain(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "ask", "chosen": "good", "rejected": "bad answer"}])
     (row,) = read_preferences(path, tokenizer)

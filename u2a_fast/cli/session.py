@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 
 from u2a_fast.data import Negatives, Rows
 from u2a_fast.manifest import read_options, recorded_command
@@ -35,6 +37,7 @@ __all__ = [
 REQUIRED = inspect.Parameter.empty  # the default of an option that must be given
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 USER_ERROR = 2
+OUTSIDE = (SafetensorError, torch.OutOfMemoryError, MemoryError)  # a full disk, a full device, a full machine
 NOT_RECORDED = {"config", "json_output", "debug", "overwrite"}
 COLUMN_OPTIONS = {"columns", "objective_columns"}
 PATHS_OR_NAMES = {"model", "negatives", "preferences", "rewards", "positives", "retain"}
@@ -54,7 +57,7 @@ def verb(*groups: Mapping[str, tuple[Any, Any]], resume: str) -> Callable[[Calla
             except KeyboardInterrupt:
                 note(f"interrupted: {resume}")
                 raise typer.Exit(INTERRUPTED) from None
-            except (ValueError, TypeError, OSError, FloatingPointError, NotImplementedError) as error:
+            except (ValueError, TypeError, OSError, FloatingPointError, NotImplementedError, *OUTSIDE) as error:
                 if context.params["debug"]:
                     raise
                 note(f"error: {error}")
@@ -121,7 +124,7 @@ def _recorded(name: str, value: Any) -> Any:
 
 
 def refuse_existing(context: typer.Context, names: tuple[str, ...]) -> None:
-    """Raise FileExistsError if ``--out`` is a file or, without ``--overwrite``, holds ``names`` or another verb's run."""
+    """Raise FileExistsError if ``--out`` is a file, or holds ``names`` or another verb's run to keep."""
     out, overwrite = context.params["out"], context.params["overwrite"]
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"--out: expected a folder, got the file {out}")

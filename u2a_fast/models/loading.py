@@ -39,7 +39,7 @@ def load_model(
             raise ValueError(f"[model] expected a base model below the adapter {adapter}, got the adapter {name}")
         base, adapter = _adapter_base(name), name
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(base, dtype=_dtype(dtype), output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(base, dtype=_dtype(dtype), output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         where = "" if Path(base).is_dir() else " (no such folder, so taken for a hub name)"
         raise ValueError(f"[model] {base}{where} cannot be loaded as a causal LM: {_first_line(error)}") from error
