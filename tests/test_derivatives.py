@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 import u2a_fast
+from u2a_fast.models.decoder import sequence_logprobs
 from u2a_fast.models.parameters import selected_parameters
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -245,6 +246,7 @@ def _ok() -> dict[str, list[int]]:
     ("batch", "text"),
     [
         ([{"input_ids": [1, 2]}], "lacks ['labels']"),
+        ([{"labels": [1, 2]}], "lacks ['input_ids']"),
         (
             [_ok(), {"input_ids": [1, 2], "labels": [1]}],
             "expected labels of example 1 to have the length of input_ids, 2, got 1",
@@ -303,3 +305,54 @@ def test_llama_config_variants() -> None:
     batch = [{"input_ids": ids, "labels": ids}]
     v = tiny.direction(model)
     assert relative_error(u2a_fast.directional_derivatives(model, batch, v), tiny.per_example(model, batch, v)) <= 1e-10
+
+
+def test_ids_outside_of_the_vocabulary_are_refused() -> None:
+    model = tiny.build("llama")
+    for ids, text in (([3, 61], "expected input_ids in 0..60, got 3..61"), ([3, -1, 4], "got -1..4")):
+        with pytest.raises(ValueError, match=text):
+            u2a_fast.directional_derivatives(model, [{"input_ids": [*ids, 5], "labels": [-100, *ids]}], {})
+    with pytest.raises(ValueError, match="expected labels in 0..60, got 99..99"):
+        u2a_fast.directional_derivatives(model, [{"input_ids": [3, 4], "labels": [-100, 99]}], {})
+
+
+def test_reparametrized_weights_are_refused() -> None:
+    model = tiny.build("llama-tied")
+    nn.utils.weight_norm(model.model.layers[0].mlp.up_proj)
+    with pytest.raises(NotImplementedError, match=r"up_proj is a Linear.*weight_g"):
+        u2a_fast.directional_derivatives(model, tiny.examples(2), tiny.direction(model))
+
+
+def test_changed_outputs_are_refused() -> None:
+    model = tiny.build("llama")
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, out: 2 * out)
+    with pytest.raises(NotImplementedError, match=r"up_proj \(Linear\) is not what its class computes"):
+        u2a_fast.directional_derivatives(model, tiny.examples(2), tiny.direction(model))
+
+
+def test_rotary_embeddings_that_depend_on_the_batch_are_refused() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 12}
+    sizes = {**tiny.CONFIGS["llama"].to_diff_dict(), "rope_parameters": rope, "max_position_embeddings": 12}
+    config = LlamaConfig(**sizes)
+    config._attn_implementation = "oracle"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).double()
+    v = tiny.direction(model)
+    short = tiny.examples(5, longest=11)
+    got = u2a_fast.directional_derivatives(model, short, v)
+    assert relative_error(got, tiny.per_example(model, short, v)) <= 1e-10
+    ids = list(range(20))
+    with pytest.raises(NotImplementedError, match="expected examples of at most 12 tokens, got 20"):
+        u2a_fast.directional_derivatives(model, [{"input_ids": ids, "labels": ids}], v)
+
+
+def test_gradient_checkpointing_is_refused_where_it_would_be_wrong() -> None:
+    model, batch = tiny.build("llama"), tiny.examples(4)
+    model.gradient_checkpointing_enable()
+    model.train()
+    with pytest.raises(NotImplementedError, match="expected gradient checkpointing off"):
+        sequence_logprobs(model, batch)
+    v = tiny.direction(model)
+    got = u2a_fast.directional_derivatives(model, batch, v)  # in evaluation mode nothing is repeated
+    model.eval()
+    assert relative_error(got, tiny.per_example(model, batch, v)) <= 1e-10

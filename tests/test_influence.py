@@ -278,3 +278,19 @@ def test_statistics() -> None:
     assert auc(np.array([2.0, 3.0]), np.array([1.0, 2.0])) == 0.875
     low, high = bootstrap_interval(lambda v: float(v.mean()), np.arange(100.0))
     assert low < 49.5 < high and 8 < high - low < 15  # normal theory: 2 * 1.96 * 29 / 10 = 11.4
+
+
+def test_statistics_of_nan_are_nan() -> None:
+    x = np.array([1.0, 2.0, float("nan")])
+    assert (
+        math.isnan(spearman(x, np.arange(3.0))) and math.isnan(auc(x, np.zeros(1))) and math.isnan(auc(np.zeros(1), x))
+    )
+
+
+def test_signal_check_leaves_the_scores_as_they_were() -> None:
+    model, negatives = tiny.build("llama"), tiny.examples(6, 3)
+    objective = u2a_fast.DPO(pairs(4)).prepare(model)
+    plain = u2a_fast.InfluenceScorer(model, None, objective, "fisher").score(negatives)
+    checked = u2a_fast.InfluenceScorer(model, None, objective, "fisher")
+    u2a_fast.signal_check(checked, tiny.examples(5, 77))
+    np.testing.assert_array_equal(checked.score(negatives).score, plain.score)

@@ -396,6 +396,35 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     with pytest.raises(ValueError, match="remove_unused_columns=False"):
         UnlearnTrainer(model, args, WeightedNegatives(NEGATIVES, WEIGHTS), config=PLAIN)
+    args = TrainingArguments(
+        output_dir=str(tmp_path), remove_unused_columns=False, report_to="none", use_cpu=True, bf16=True
+    )
+    with pytest.raises(ValueError, match="autocast does not reach the packed forward pass"):
+        UnlearnTrainer(model, args, WeightedNegatives(NEGATIVES, WEIGHTS), config=PLAIN)
+    with pytest.raises(ValueError, match='expected no eval_dataset for loss "npo"'):
+        rows = WeightedNegatives(NEGATIVES, WEIGHTS)
+        trainer(model, replace(PLAIN, loss="npo"), tmp_path, eval_dataset=rows)
+
+
+def test_kl_retain_repeats_its_dropout_and_spares_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dropout in the head's adapter: chunks recompute with the masks they had, and the reference has none."""
+    config = LoraConfig(r=2, lora_dropout=0.5, target_modules=["lm_head"], init_lora_weights=False)
+    model = get_peft_model(build("llama"), config).double().train()
+    reference = ParameterSnapshot(model)
+
+    def one() -> tuple[Tensor, list[Tensor]]:
+        torch.manual_seed(7)
+        losses = retain_losses(model, NEGATIVES[:3], loss="kl", reduction="mean", reference=reference)
+        return losses, gradients(losses.sum(), model)
+
+    losses, grads = one()
+    monkeypatch.setattr(retain, "checkpoint", lambda function, *args, **options: function(*args))
+    direct_losses, direct = one()
+    torch.testing.assert_close(losses, direct_losses)
+    torch.testing.assert_close(grads, direct)
+    assert (losses > 1e-6).all(), "the model's own dropout moves it away from the reference"
+    model.eval()
+    assert one()[0].abs().max() < 1e-12
 
 
 def test_the_forecast_is_exact_on_parabolas_and_never_slows_down() -> None:

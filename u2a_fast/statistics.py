@@ -15,16 +15,19 @@ def ranks(x: np.ndarray) -> np.ndarray:
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Rank correlation of two arrays (n), ties by mean ranks; NaN where either is constant or n < 2."""
-    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+    """Rank correlation of two arrays (n), ties by mean ranks; NaN where either is constant or has a NaN, or n < 2."""
+    if len(x) < 2 or np.isnan(x).any() or np.isnan(y).any() or np.ptp(x) == 0 or np.ptp(y) == 0:
         return float("nan")
     return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
 
 
 def auc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Probability that a random member of ``positive`` exceeds one of ``negative``, ties half; NaN if one is empty."""
+    """Probability that a random member of ``positive`` exceeds one of ``negative``, ties half.
+
+    NaN if one is empty or has a NaN.
+    """
     n, m = len(positive), len(negative)
-    if not n or not m:
+    if not n or not m or np.isnan(positive).any() or np.isnan(negative).any():
         return float("nan")
     above = ranks(np.concatenate([positive, negative]))[:n].sum() - n * (n - 1) / 2
     return float(above / (n * m))

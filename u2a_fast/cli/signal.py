@@ -30,7 +30,6 @@ def check_signal(
             report = signal_check(scorer, _sample(negatives, SIGNAL_SAMPLE, seed), seed=seed)
         except ValueError as error:
             raise ValueError(f"{error} (--no-signal-check goes on without it)") from error
-        scorer.reset()  # the curvature of the scores is fitted to the first negatives, whatever was checked
         signal = report.to_dict()
         write_text(path, json.dumps(signal, indent=2))
     low, high = signal["cosine_ci"]

@@ -41,6 +41,11 @@ def _as_ids(value: Any, what: str, i: int) -> Tensor:
     return ids.to("cpu", torch.int64)
 
 
+def _check_keys(i: int, example: Example) -> None:
+    if missing := [key for key in ("input_ids", "labels") if key not in example]:
+        raise ValueError(f"[examples] expected keys input_ids and labels, example {i} lacks {missing}")
+
+
 def pack(examples: Sequence[Example], device: torch.device | str = "cpu") -> Packed:
     """Lay examples out one after the other.
 
@@ -54,9 +59,7 @@ def pack(examples: Sequence[Example], device: torch.device | str = "cpu") -> Pac
     """
     ids, positions, rows, targets, lengths, scored, start = [], [], [], [], [], [], 0
     for i, example in enumerate(examples):
-        missing = [key for key in ("input_ids", "labels") if key not in example]
-        if missing:
-            raise ValueError(f"[examples] expected keys input_ids and labels, example {i} lacks {missing}")
+        _check_keys(i, example)
         x, y = _as_ids(example["input_ids"], "input_ids", i), _as_ids(example["labels"], "labels", i)
         if x.shape != y.shape:
             raise ValueError(
@@ -115,5 +118,7 @@ def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
 
 def batched(examples: Sequence[Example], token_budget: int) -> list[tuple[list[int], list[Example]]]:
     """``plan_batches`` over the examples' own lengths: (positions, examples) of every batch."""
+    for i, example in enumerate(examples):
+        _check_keys(i, example)
     plan = plan_batches([len(example["input_ids"]) for example in examples], token_budget)
     return [(batch, [examples[i] for i in batch]) for batch in plan]

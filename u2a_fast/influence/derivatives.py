@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from u2a_fast import ops
-from u2a_fast.data.packing import Example, Packed, batched, pack
+from u2a_fast.data.packing import Example, Packed, batched
 from u2a_fast.models.capture import Capture
 from u2a_fast.models.decoder import Decoder, check_packing, check_reduction, reduce_tokens
 from u2a_fast.models.norms import short_rms_norms
@@ -115,7 +115,7 @@ class DerivativePass:
 
     def __call__(self, examples: Sequence[Example]) -> DerivativeBatch:
         """One batch, which must fit in memory; call inside ``running``."""
-        packed = pack(examples, self.decoder.device)
+        packed = self.decoder.pack(examples)
         counts = torch.tensor(packed.scored, dtype=torch.float64).repeat_interleave(torch.tensor(packed.scored))
         weights = (-torch.ones_like(counts) if self.reduction == "sum" else -1 / counts).to(self.decoder.device)
         with self.capture.hooked(packed):
@@ -200,9 +200,11 @@ def directional_derivatives(
     """
     if mode not in ("auto", "reverse"):
         raise ValueError(f'[directional_derivatives] expected mode "auto" or "reverse", got {mode!r}')
-    directions = [direction] if isinstance(direction, Mapping) else direction
+    directions = [direction] if isinstance(direction, Mapping) else list(direction)
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("[directional_derivatives] expected to be called outside of torch.inference_mode()")
     passes = DerivativePass(model, directions, reduction=reduction, dtype=dtype)
-    budget = token_budget or default_token_budget(passes.decoder.device)
+    budget = default_token_budget(passes.decoder.device) if token_budget is None else token_budget
     out_dtype = torch.float64 if passes.double else torch.float32
     out = torch.empty(passes.count, len(examples), dtype=out_dtype, device=passes.decoder.device)
     with passes.running():

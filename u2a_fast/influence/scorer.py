@@ -1,6 +1,7 @@
 """Influence scores: how much unlearning a negative would raise preference performance."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -92,7 +93,8 @@ class InfluenceScorer:
         self.names = list(selected_parameters(model, parameters))
         self.loss, self.npo_beta, self.reduction = loss, npo_beta, reduction
         self.damping, self.dtype = damping, dtype
-        self.token_budget = token_budget or default_token_budget(next(model.parameters()).device)
+        device = next(model.parameters()).device
+        self.token_budget = default_token_budget(device) if token_budget is None else token_budget
         self._curvature = curvature
         self._solver: Curvature | None = Identity() if curvature == "identity" else None
         self._direction: dict[str, Tensor] | None = None
@@ -110,6 +112,16 @@ class InfluenceScorer:
             self._solver = DiagonalFisher(
                 self.model, examples, self.names, damping=self.damping, reduction=self.reduction
             )
+
+    @contextmanager
+    def curvature_of(self, examples: Sequence[Example]) -> Iterator[None]:
+        """The curvature that was named, estimated on these examples for the duration of the block."""
+        before = self._solver
+        try:
+            self.fit_curvature(examples)
+            yield
+        finally:
+            self._solver = before
 
     def solve(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(H + mu I)^-1 gradient with this scorer's curvature."""

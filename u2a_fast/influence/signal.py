@@ -74,7 +74,7 @@ def signal_check(scorer: InfluenceScorer, negatives: Sequence[Example], *, seed:
     gradient of row j>; its variance adds both halves' variances over rows (two-sample delta method, norms held fixed).
 
     Args:
-        scorer: its objective is prepared if it was not yet; its curvature is fitted on ``negatives`` if it needs to be.
+        scorer: its objective is prepared if it was not yet; it is left as it was otherwise, its curvature too.
         negatives: a random sample, at least two token examples (a few hundred serve).
         seed: of the halves and of the bootstrap over negatives.
 
@@ -95,8 +95,9 @@ def signal_check(scorer: InfluenceScorer, negatives: Sequence[Example], *, seed:
     error = float(np.sqrt(sum(rows.var(ddof=1) / len(rows) for rows in across))) / norm if norm > 0 else float("nan")
     margin = NormalDist().inv_cdf(0.975) * error
 
-    scorer.fit_curvature(negatives)
-    scores = _derivatives(scorer, [scorer.solve(g) for g in gradients], negatives, scorer.reduction).numpy()
+    with scorer.curvature_of(negatives):
+        directions = [scorer.solve(gradient) for gradient in gradients]
+    scores = _derivatives(scorer, directions, negatives, scorer.reduction).numpy()
     generalizes = cosine - margin > 0
     return SignalReport(
         cosine=cosine,

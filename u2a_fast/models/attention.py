@@ -142,7 +142,7 @@ def packed_attention(
     if softcap is not None:
         mask = _band(layout.longest, window or layout.longest, q.device)
         out = _softcapped(q, k, v, scale, softcap, mask, dropout)
-    elif not (banded := window is not None and window < layout.longest) and cpu_attention.serves(q, dropout):
+    elif not (banded := window is not None and window < layout.longest) and cpu_attention.serves(q, v, dropout):
         out = cpu_attention.causal_attention(q, k, v, scale)
     else:
         out = nn.functional.scaled_dot_product_attention(

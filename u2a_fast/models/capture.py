@@ -81,6 +81,7 @@ class Capture:
             self._calls[i] = self._calls.get(i, 0) + 1
             if self._tracing:
                 self._trace(site, out)
+                _check_unchanged(site, type(module).forward(module, *args, **kwargs), out)
                 return out
             contract = contraction(site, args, kwargs, out)
             if not out.requires_grad:
@@ -133,6 +134,14 @@ class Capture:
         return torch.stack([value for _, value in in_order]).sum(0, dtype=torch.float64)
 
 
+def _check_unchanged(site: Site, own: Tensor, out: Tensor) -> None:
+    if own.shape != out.shape or not torch.allclose(own, out, equal_nan=True):
+        raise NotImplementedError(
+            f"[capture] the output of {site.path} ({type(site.module).__name__}) is not what its class computes: a "
+            "hook or a replaced forward changes it, which its gradient would not show"
+        )
+
+
 def _find_sites(decoder: Decoder, directions: Mapping[str, Tensor]) -> list[Site]:
     name_of = {id(p): name for name, p in decoder.model.named_parameters()}
     sites, seen = [], set()
@@ -149,7 +158,9 @@ def _find_sites(decoder: Decoder, directions: Mapping[str, Tensor]) -> list[Site
             continue
         seen |= {name_of[id(p)] for p in module.parameters(recurse=False)}
         kind = kind_of(module)
-        if kind is None:
+        linear = kind in (Kind.LINEAR, Kind.CONV1D)
+        unknown = set(own) - {"weight", "bias"} if linear else set()
+        if kind is None or unknown:
             raise NotImplementedError(
                 f"[capture] {path} is a {type(module).__name__}, a module kind that is not understood, and holds "
                 f"selected parameters {sorted(own)}; leave it out of the selection"

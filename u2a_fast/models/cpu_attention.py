@@ -1,8 +1,9 @@
 """Causal attention in half precision on CPU: the library's forward pass and a backward pass of six batched products.
 
-PyTorch's fused CPU backward takes 12 ms in bfloat16 where these products take 5 ms (6 examples of 170 tokens, 4 heads
-of 64, one thread; benchmarks/LOG.md), because only whole products run on the matrix units. Probabilities and their
-gradients stay float32, so the result is no less accurate than the fused one.
+PyTorch's fused CPU backward takes 12 ms in bfloat16 where these products take 4 ms (6 examples of 170 tokens, 4 heads
+of 64, one thread; benchmarks/LOG.md), because only whole products run on the matrix units. Log-probabilities are
+formed in float32; against float64 the gradients of keys and values are closer than the library's, those of queries a
+little less.
 """
 
 from typing import Any
@@ -15,10 +16,16 @@ __all__ = ["causal_attention", "serves"]
 _LARGEST = 2**26  # probabilities held at once in float32: 256 MiB
 
 
-def serves(q: Tensor, dropout: float) -> bool:
-    """Whether ``causal_attention`` is the better choice for queries (B, H, T, E)."""
+def serves(q: Tensor, v: Tensor, dropout: float) -> bool:
+    """Whether ``causal_attention`` is the better choice for queries (B, H, T, E) and values (B, G, T, E)."""
     half = q.dtype in (torch.bfloat16, torch.float16)
-    return q.device.type == "cpu" and half and dropout == 0.0 and q[..., 0].numel() * q.shape[2] <= _LARGEST
+    return (
+        q.device.type == "cpu"
+        and half
+        and dropout == 0.0
+        and q.shape[-1] == v.shape[-1]
+        and q[..., 0].numel() * q.shape[2] <= _LARGEST
+    )
 
 
 class _CausalAttention(torch.autograd.Function):

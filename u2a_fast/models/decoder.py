@@ -79,8 +79,34 @@ class Decoder:
         """Where token ids go."""
         return self.head_module.weight.device if self.head else next(self.model.parameters()).device
 
+    def pack(self, examples: Sequence[Example]) -> Packed:
+        """``packing.pack`` on the model's device, with ids held against its vocabulary (ValueError)."""
+        packed = pack(examples)
+        rows = self.lm.get_input_embeddings().weight.shape[0]
+        for what, ids, size in (
+            ("input_ids", packed.input_ids, rows),
+            ("labels", packed.target, self.config.vocab_size),
+        ):
+            if len(ids) and not (ids.min() >= 0 and ids.max() < size):
+                raise ValueError(f"[examples] expected {what} in 0..{size - 1}, got {int(ids.min())}..{int(ids.max())}")
+        return packed.to(self.device)
+
+    def _refuse_what_packing_breaks(self, packed: Packed) -> None:
+        if torch.is_grad_enabled() and self.lm.training and getattr(self.lm, "is_gradient_checkpointing", False):
+            raise NotImplementedError(
+                "[model] expected gradient checkpointing off (model.gradient_checkpointing_disable()): it would repeat "
+                "the forward pass without the packed layout"
+            )
+        limit = _length_dependent_rope(self.config)
+        if limit is not None and max(packed.lengths, default=0) >= limit:
+            raise NotImplementedError(
+                f"[model] expected examples of at most {limit} tokens, got {max(packed.lengths) + 1}: beyond them the "
+                f"rotary embedding of {type(self.lm).__name__} depends on the longest example in sight"
+            )
+
     def hidden(self, packed: Packed) -> Tensor:
         """Last hidden states (N, D); example i sees its own tokens only."""
+        self._refuse_what_packing_breaks(packed)
         with packed_layout(self.lm, packed):
             out = self.body(
                 input_ids=packed.input_ids[None],
@@ -109,6 +135,16 @@ class Decoder:
         return ops.linear_logprob(scaled, self.head.weight, packed.target, self.head.bias, self.softcap)[0]
 
 
+def _length_dependent_rope(config: Any) -> int | None:
+    """Tokens from which on rotary frequencies depend on the longest example in sight, None where they never do."""
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for rope in (given, *(value for value in given.values() if isinstance(value, dict))):
+        if rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope"):
+            original = rope.get("original_max_position_embeddings")
+            return original or getattr(config, "original_max_position_embeddings", config.max_position_embeddings)
+    return None
+
+
 def reduce_tokens(values: Tensor, packed: Packed, reduction: str) -> Tensor:
     """Sum or mean of values (K, M) over each example's scored tokens -> (K, B)."""
     total = segment_sum(values, packed.cu_targets)
@@ -135,7 +171,7 @@ def sequence_logprobs(model: nn.Module, examples: Sequence[Example], *, reductio
     """
     check_reduction(reduction)
     decoder = Decoder(model)
-    packed = pack(examples, decoder.device)
+    packed = decoder.pack(examples)
     return reduce_tokens(decoder.token_logprobs(packed)[None], packed, reduction)[0]
 
 

@@ -39,7 +39,7 @@ class RetainSampler:
 
 def _divergence(decoder: Decoder, reference: ParameterSnapshot, h: Tensor, h_reference: Tensor) -> Tensor:
     """KL(reference || model) of the next-token distributions at hidden states (M, D), (M)."""
-    with torch.no_grad(), reference.swapped_in(decoder.model):
+    with torch.no_grad(), without_dropout(decoder.model), reference.swapped_in(decoder.model):
         expected = decoder.logits(h_reference).log_softmax(-1)
     return (expected.exp() * (expected - decoder.logits(h).log_softmax(-1))).sum(-1)
 
@@ -52,7 +52,7 @@ def _kl_tokens(decoder: Decoder, reference: ParameterSnapshot, packed: Packed) -
     size = max(1, _LOGITS // decoder.config.vocab_size)
     # recomputed in the backward pass, so that one chunk's logits are freed before the next one's are made
     chunks = [
-        checkpoint(_divergence, decoder, reference, part, part_reference, use_reentrant=False, preserve_rng_state=False)
+        checkpoint(_divergence, decoder, reference, part, part_reference, use_reentrant=False)
         for part, part_reference in zip(h.split(size), h_reference.split(size), strict=True)
     ]
     return torch.cat(chunks)

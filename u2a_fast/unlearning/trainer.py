@@ -69,6 +69,13 @@ class UnlearnTrainer(Trainer):
             raise ValueError(
                 f"[UnlearnTrainer] expected one process and one device, got {args.world_size} and {args.n_gpu} GPUs"
             )
+        if args.bf16 or args.fp16:
+            raise ValueError(
+                "[UnlearnTrainer] expected args.bf16 and args.fp16 False: autocast does not reach the packed forward "
+                "pass; load the model in that precision instead"
+            )
+        if config.loss == "npo" and options.get("eval_dataset") is not None:
+            raise ValueError('[UnlearnTrainer] expected no eval_dataset for loss "npo": its reference NLLs are unknown')
         if config.loss == "graddiff" and not retain:
             raise ValueError('[UnlearnTrainer] expected retain examples for loss "graddiff", got none')
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collate, **options)
