@@ -92,7 +92,8 @@ class Decoder:
         return packed.to(self.device)
 
     def _refuse_what_packing_breaks(self, packed: Packed) -> None:
-        if torch.is_grad_enabled() and self.lm.training and getattr(self.lm, "is_gradient_checkpointing", False):
+        repeats = any(getattr(module, "gradient_checkpointing", False) for module in self.lm.modules())
+        if repeats and torch.is_grad_enabled() and self.lm.training:
             raise NotImplementedError(
                 "[model] expected gradient checkpointing off (model.gradient_checkpointing_disable()): it would repeat "
                 "the forward pass without the packed layout"
