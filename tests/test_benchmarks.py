@@ -34,7 +34,7 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Any:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
