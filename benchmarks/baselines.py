@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from u2a_fast.data.packing import IGNORE_INDEX, Example, pack
+from u2a_fast.data.packing import IGNORE_INDEX, Example
 from u2a_fast.models.decoder import Decoder
 
 __all__ = ["PublicProcedure", "forward_answer_head", "forward_full_head"]
@@ -55,13 +55,13 @@ class PublicProcedure:
 def forward_full_head(decoder: Decoder, examples: Sequence[Example]) -> Any:
     """One forward pass over the packed tokens, logits of every token included: the unit of cost."""
     with torch.no_grad():
-        return decoder.head_module(decoder.hidden(pack(examples, decoder.device)))
+        return decoder.head_module(decoder.hidden(decoder.pack(examples)))
 
 
 def forward_answer_head(decoder: Decoder, examples: Sequence[Example]) -> Tensor:
     """The same with the head on the scored tokens only, by ``linear_logprob``."""
     with torch.no_grad():
-        return decoder.token_logprobs(pack(examples, decoder.device))
+        return decoder.token_logprobs(decoder.pack(examples))
 
 
 def float64_scores(model: nn.Module, direction: Mapping[str, Tensor], examples: Sequence[Example]) -> Tensor:

@@ -23,7 +23,7 @@ from u2a_fast.cli.session import (
 )
 from u2a_fast.cli.signal import check_signal
 from u2a_fast.data import Negatives, Rows
-from u2a_fast.influence.derivatives import default_token_budget
+from u2a_fast.influence.derivatives import resolve_token_budget
 from u2a_fast.influence.scorer import InfluenceScorer
 from u2a_fast.manifest import RunRecord
 from u2a_fast.models.loading import load_model, model_files, resolve_device
@@ -55,7 +55,7 @@ def score(context: typer.Context) -> None:
     used = run_options(
         context,
         device=str(place),
-        token_budget=p["token_budget"] or default_token_budget(place),
+        token_budget=resolve_token_budget(p["token_budget"], place),
         max_length=settings["max_length"],
         objective=inputs.objective_kind(p),
         objective_reduction=objective.reduction,

@@ -24,8 +24,10 @@ __all__ = ["DerivativePass", "Direction", "directional_derivatives"]
 Direction = Mapping[str, Tensor]
 
 
-def default_token_budget(device: torch.device) -> int:
-    """Tokens a batch: enough for the matrix products to run at full rate, few enough to fit beside the weights."""
+def resolve_token_budget(given: int | None, device: torch.device) -> int:
+    """Tokens a batch; by default enough for matrix products at full rate, few enough to fit beside the weights."""
+    if given is not None:
+        return given
     return 16384 if device.type == "cuda" else 2048
 
 
@@ -204,7 +206,7 @@ def directional_derivatives(
     if torch.is_inference_mode_enabled():
         raise RuntimeError("[directional_derivatives] expected to be called outside of torch.inference_mode()")
     passes = DerivativePass(model, directions, reduction=reduction, dtype=dtype)
-    budget = default_token_budget(passes.decoder.device) if token_budget is None else token_budget
+    budget = resolve_token_budget(token_budget, passes.decoder.device)
     out_dtype = torch.float64 if passes.double else torch.float32
     out = torch.empty(passes.count, len(examples), dtype=out_dtype, device=passes.decoder.device)
     with passes.running():

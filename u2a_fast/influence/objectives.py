@@ -14,15 +14,11 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from u2a_fast.data.packing import Example, batched
-from u2a_fast.influence.derivatives import default_token_budget
+from u2a_fast.influence.derivatives import resolve_token_budget
 from u2a_fast.models.decoder import Decoder, check_reduction, reduce_tokens
 from u2a_fast.models.parameters import evaluation_mode
 
 __all__ = ["DPO", "Objective", "Reward", "SFT"]
-
-
-def _budget(token_budget: int | None, decoder: Decoder) -> int:
-    return default_token_budget(decoder.device) if token_budget is None else token_budget
 
 
 class Objective(ABC):
@@ -86,7 +82,7 @@ class Objective(ABC):
         examples = self.sequences()
         out: list[Tensor] = [torch.empty(0)] * len(examples)
         with evaluation_mode(model), torch.no_grad():
-            for positions, batch in batched(examples, _budget(token_budget, decoder)):
+            for positions, batch in batched(examples, resolve_token_budget(token_budget, decoder.device)):
                 packed = decoder.pack(batch)
                 values = reduce_tokens(decoder.token_logprobs(packed)[None], packed, self.reduction)[0]
                 for position, value in zip(positions, values, strict=True):
@@ -130,7 +126,7 @@ class Objective(ABC):
         weights = self.coefficients(self.logprobs(model, token_budget=token_budget)).flatten() / len(self.rows)
         decoder = Decoder(model)
         with evaluation_mode(model, trainable):
-            for positions, batch in batched(self.sequences(), _budget(token_budget, decoder)):
+            for positions, batch in batched(self.sequences(), resolve_token_budget(token_budget, decoder.device)):
                 packed = decoder.pack(batch)
                 values = reduce_tokens(decoder.token_logprobs(packed)[None], packed, self.reduction)[0]
                 grads = torch.autograd.grad(values @ weights[positions].to(values.dtype), trainable, allow_unused=True)

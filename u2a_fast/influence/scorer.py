@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from u2a_fast.curvature.diagonal import Curvature, DiagonalFisher, Identity
 from u2a_fast.data.packing import Example, batched
-from u2a_fast.influence.derivatives import DerivativePass, default_token_budget
+from u2a_fast.influence.derivatives import DerivativePass, resolve_token_budget
 from u2a_fast.influence.objectives import Objective
 from u2a_fast.losses import unlearning_slope
 from u2a_fast.models.parameters import selected_parameters
@@ -93,8 +93,7 @@ class InfluenceScorer:
         self.names = list(selected_parameters(model, parameters))
         self.loss, self.npo_beta, self.reduction = loss, npo_beta, reduction
         self.damping, self.dtype = damping, dtype
-        device = next(model.parameters()).device
-        self.token_budget = default_token_budget(device) if token_budget is None else token_budget
+        self.token_budget = resolve_token_budget(token_budget, next(model.parameters()).device)
         self._curvature = curvature
         self._solver: Curvature | None = Identity() if curvature == "identity" else None
         self._direction: dict[str, Tensor] | None = None

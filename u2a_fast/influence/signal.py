@@ -6,11 +6,10 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from u2a_fast.data.packing import Example, batched
-from u2a_fast.influence.derivatives import DerivativePass
+from u2a_fast.data.packing import Example
+from u2a_fast.influence.derivatives import directional_derivatives
 from u2a_fast.influence.objectives import Objective
 from u2a_fast.influence.scorer import InfluenceScorer
 from u2a_fast.statistics import bootstrap_interval, spearman
@@ -24,8 +23,8 @@ class SignalReport:
 
     Attributes:
         cosine: of the objective's gradients on the halves; cosine_ci: its 95 % interval over preference rows.
-        spearman: of the scores that the halves give the sampled negatives; spearman_ci: its 95 % interval over
-        negatives. pairs, negatives: rows that each stands on.
+        spearman: of the scores that the halves give the sampled negatives; spearman_ci: its 95 % interval over them.
+        pairs, negatives: rows that each stands on.
         generalizes: the whole of cosine_ci lies above zero.
         warning: what to tell the user where it does not, else None.
     """
@@ -51,13 +50,16 @@ def _dot(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> float:
 def _derivatives(
     scorer: InfluenceScorer, directions: list[dict[str, Tensor]], examples: Sequence[Example], reduction: str
 ) -> Tensor:
-    """<direction_k, grad NLL_i>, (K, B) float64 on the host."""
-    passes = DerivativePass(scorer.model, directions, reduction=reduction, dtype=scorer.dtype)
-    out = torch.empty(len(directions), len(examples), dtype=torch.float64)
-    with passes.running():
-        for positions, batch in batched(examples, scorer.token_budget):
-            out[:, positions] = passes(batch).derivatives.double().cpu()
-    return out
+    """<direction_k, grad NLL_i>, (K, B) float64 on the host, in the scorer's precision and batches."""
+    found = directional_derivatives(
+        scorer.model,
+        examples,
+        directions,
+        reduction=reduction,
+        token_budget=scorer.token_budget,
+        dtype=scorer.dtype,
+    )
+    return found.double().cpu()
 
 
 def _row_derivatives(scorer: InfluenceScorer, half: Objective, direction: dict[str, Tensor]) -> np.ndarray:

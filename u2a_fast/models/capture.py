@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from u2a_fast.data.packing import Packed
 from u2a_fast.models.contractions import Site, contraction
-from u2a_fast.models.decoder import Decoder, probe_lengths
+from u2a_fast.models.decoder import Decoder, probe_examples
 from u2a_fast.models.kinds import Kind, kind_of
 
 __all__ = ["Capture"]
@@ -44,19 +44,13 @@ class Capture:
             self._find_token_axes()
 
     def _find_token_axes(self) -> None:
-        n = sum(probe_lengths(self.decoder)) - 2
-        lengths = (n // 2, n - n // 2)
-        ids = torch.zeros(n, dtype=torch.int64, device=self.decoder.device)
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(ids.device)
-        cu_seqlens = torch.tensor([0, lengths[0], n], dtype=torch.int32, device=ids.device)
-        rows = torch.arange(n, device=ids.device)
-        packed = Packed(ids, positions, cu_seqlens, lengths, rows, ids, cu_seqlens, lengths)
+        packed = self.decoder.pack(probe_examples(self.decoder))
         self._tracing = True
         try:
             with torch.no_grad(), self.hooked(packed):
                 h = self.decoder.hidden(packed)
                 if self.decoder.head is None:
-                    self.decoder.materialized_logprobs(h, packed.target)
+                    self.decoder.materialized_logprobs(h[packed.rows], packed.target)
         finally:
             self._tracing = False
 

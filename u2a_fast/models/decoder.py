@@ -92,8 +92,8 @@ class Decoder:
         return packed.to(self.device)
 
     def _refuse_what_packing_breaks(self, packed: Packed) -> None:
-        repeats = any(getattr(module, "gradient_checkpointing", False) for module in self.lm.modules())
-        if repeats and torch.is_grad_enabled() and self.lm.training:
+        trains = torch.is_grad_enabled() and self.lm.training
+        if trains and any(getattr(module, "gradient_checkpointing", False) for module in self.lm.modules()):
             raise NotImplementedError(
                 "[model] expected gradient checkpointing off (model.gradient_checkpointing_disable()): it would repeat "
                 "the forward pass without the packed layout"
@@ -185,14 +185,9 @@ def check_packing(decoder: Decoder) -> None:
     Raises:
         NotImplementedError: the model, as we run it, is not the model.
     """
-    generator = torch.Generator().manual_seed(0)
-    examples = []
-    for length in probe_lengths(decoder):
-        ids = torch.randint(decoder.config.vocab_size, (length,), generator=generator)
-        examples.append({"input_ids": ids, "labels": torch.cat([torch.tensor([IGNORE_INDEX]), ids[1:]])})
+    examples = probe_examples(decoder)
     with torch.no_grad():
-        packed = pack(examples, decoder.device)
-        ours = decoder.token_logprobs(packed)
+        ours = decoder.token_logprobs(decoder.pack(examples))
         alone = [_own_logprobs(decoder, example["input_ids"]) for example in examples]
     expected = torch.cat(alone).to(ours.dtype)
     # half of the digits; float32 even for float64 models, many of which compute norms and softmax in float32
@@ -207,12 +202,17 @@ def check_packing(decoder: Decoder) -> None:
         )
 
 
-def probe_lengths(decoder: Decoder) -> tuple[int, int]:
-    """Lengths of two short examples whose packed tokens are no size of any parameter: the token axis shows."""
+def probe_examples(decoder: Decoder) -> list[Example]:
+    """Two short random examples, all scored, whose packed tokens are as many as no parameter's size: the axis shows."""
     sizes = {size for p in decoder.model.parameters() for size in p.shape}
     sizes |= {value for value in vars(decoder.config).values() if isinstance(value, int)}
     n = next(n for n in range(13, 10_000) if n not in sizes)
-    return n // 2 + 3, n - n // 2 - 1
+    generator = torch.Generator().manual_seed(0)
+    examples: list[Example] = []
+    for length in (n // 2 + 3, n - n // 2 - 1):  # packing drops the last token of each
+        ids = torch.randint(decoder.config.vocab_size, (length,), generator=generator)
+        examples.append({"input_ids": ids, "labels": torch.cat([torch.tensor([IGNORE_INDEX]), ids[1:]])})
+    return examples
 
 
 def _own_logprobs(decoder: Decoder, ids: Tensor) -> Tensor:

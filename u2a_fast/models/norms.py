@@ -57,7 +57,7 @@ def short_rms_norms(model: nn.Module) -> Iterator[None]:
     """Use ``_RMSNorm`` in every RMS norm of ``model`` that computes it, for the duration of the block.
 
     Weights must not change in the block, nor need gradients. float64 models keep their own norms: they are there to
-        be exact.
+    be exact.
     """
     replaced = []
     try:

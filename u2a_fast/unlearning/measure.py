@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from u2a_fast.data.packing import Example, batched
-from u2a_fast.influence.derivatives import default_token_budget
+from u2a_fast.influence.derivatives import resolve_token_budget
 from u2a_fast.models.decoder import sequence_logprobs
 from u2a_fast.unlearning.snapshot import ParameterSnapshot, without_dropout
 
@@ -25,7 +25,7 @@ def nlls(
 ) -> Tensor:
     """NLL of every example, (B) float64 on the CPU, in nats, without dropout; at ``reference`` where one is given."""
     out = torch.empty(len(examples), dtype=torch.float64)
-    budget = default_token_budget(next(model.parameters()).device)
+    budget = resolve_token_budget(None, next(model.parameters()).device)
     swapped = nullcontext() if reference is None else reference.swapped_in(model)
     with swapped, without_dropout(model), torch.no_grad():
         for positions, batch in batched(examples, budget):

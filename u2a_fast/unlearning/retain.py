@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from u2a_fast.data.packing import Example, Packed, pack
+from u2a_fast.data.packing import Example, Packed
 from u2a_fast.models.decoder import Decoder, reduce_tokens, sequence_logprobs
 from u2a_fast.unlearning.snapshot import ParameterSnapshot, without_dropout
 
@@ -79,5 +79,5 @@ def retain_losses(
         return -sequence_logprobs(model, examples, reduction=reduction)
     assert reference is not None, "the trainer takes a snapshot where the retain loss is a KL divergence"
     decoder = Decoder(model)
-    packed = pack(examples, decoder.device)
+    packed = decoder.pack(examples)
     return reduce_tokens(_kl_tokens(decoder, reference, packed)[None], packed, reduction)[0]
