@@ -6,7 +6,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["Shapes", "check_cu_seqlens", "check_dtypes", "check_softcap", "check_target"]
+__all__ = [
+    "Shapes",
+    "check_cu_seqlens",
+    "check_dtypes",
+    "check_parent",
+    "check_softcap",
+    "check_target",
+    "check_window",
+]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -21,7 +29,7 @@ class Shapes:
     def __init__(self, op: str) -> None:
         self.op = op
         self.sizes: dict[str, int] = {}
-        self._source: dict[str, str] = {}
+        self.sources: dict[str, str] = {}
         self._device: torch.device | None = None
         self._device_source = ""
 
@@ -40,13 +48,13 @@ class Shapes:
         if not isinstance(x, Tensor):
             raise TypeError(f"[{self.op}] expected {name} to be a Tensor, got {type(x).__name__}")
         axes = letters.split()
-        bound = [f"{c} = {self.sizes[c]} (from {self._source[c]})" for c in axes if c in self.sizes]
+        bound = [f"{c} = {self.sizes[c]} (from {self.sources[c]})" for c in axes if c in self.sizes]
         if x.dim() != len(axes) or any(self.sizes.get(c, n) != n for c, n in zip(axes, x.shape, strict=True)):
             wanted = f"({axes[0]},)" if len(axes) == 1 else f"({', '.join(axes)})"
             given = f" with {', '.join(bound)}" if bound else ""
             raise ValueError(f"[{self.op}] expected {name} of shape {wanted}{given}, got {tuple(x.shape)}")
         for c, n in zip(axes, x.shape, strict=True):
-            self._source.setdefault(c, name)
+            self.sources.setdefault(c, name)
             self.sizes.setdefault(c, n)
         self.check_device(name, x)
 
@@ -91,6 +99,8 @@ def check_cu_seqlens(shapes: Shapes, cu_seqlens: Tensor, tokens_from: str) -> No
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"[{op}] expected {name} of shape (B + 1,), got {tuple(cu_seqlens.shape)}")
     shapes.check_device(name, cu_seqlens)
+    shapes.sizes["B"] = cu_seqlens.shape[0] - 1
+    shapes.sources["B"] = name
     if not _values_are_readable(cu_seqlens):
         return
     first, last, n = int(cu_seqlens[0]), int(cu_seqlens[-1]), shapes.sizes["N"]
@@ -103,6 +113,33 @@ def check_cu_seqlens(shapes: Shapes, cu_seqlens: Tensor, tokens_from: str) -> No
         i = int(falls[0])
         before, after = cu_seqlens[i : i + 2].tolist()
         raise ValueError(f"[{op}] expected {name} to be non-decreasing, got {before} then {after} at position {i}")
+
+
+def check_parent(shapes: Shapes, parent: Tensor) -> None:
+    """Check that ``parent`` (B) is int32 and, on CPU, that it starts with -1 and names the last -1 before it or -1."""
+    op = shapes.op
+    if not isinstance(parent, Tensor):
+        raise TypeError(f"[{op}] expected parent to be a Tensor, got {type(parent).__name__}")
+    if parent.dtype != torch.int32:
+        raise TypeError(f"[{op}] expected parent of dtype torch.int32, got {parent.dtype}")
+    shapes.bind("parent", parent, "B")
+    if not _values_are_readable(parent):
+        return
+    order = torch.arange(parent.shape[0], dtype=torch.int32)
+    root = torch.where(parent < 0, order, -1).cummax(0).values if parent.shape[0] else parent
+    wrong = torch.nonzero((parent < -1) | ((parent >= 0) & (parent != root)))
+    if wrong.shape[0]:
+        i = int(wrong[0])
+        raise ValueError(
+            f"[{op}] expected parent to be -1 or the last segment before it whose parent is -1, got {int(parent[i])} "
+            f"at position {i}"
+        )
+
+
+def check_window(op: str, window: int) -> None:
+    """Check that ``window`` is an integer that is not negative (0: no window)."""
+    if not isinstance(window, int) or window < 0:
+        raise ValueError(f"[{op}] expected window an int >= 0, got {window!r}")
 
 
 def check_target(shapes: Shapes, target: Tensor) -> None:

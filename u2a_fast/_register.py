@@ -67,6 +67,19 @@ def implementations(op: str) -> tuple[str, ...]:
     return ("reference", *kernels)
 
 
+def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens, parent, ctx.scale, ctx.window, ctx.softcap = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, parent)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _attention_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    grads = torch.ops.u2a_fast.attention_backward(
+        grad.contiguous(), *ctx.saved_tensors, ctx.scale, ctx.window, ctx.softcap
+    )
+    return (*grads, None, None, None, None, None)
+
+
 def _ghost_dot_setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -117,6 +130,7 @@ def _no_backward(name: str) -> Callable[..., Any]:
 
 
 _BACKWARDS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "attention": (_attention_backward, _attention_setup),
     "ghost_dot": (_ghost_dot_backward, _ghost_dot_setup),
     "linear_logprob": (_linear_logprob_backward, _linear_logprob_setup),
 }

@@ -4,6 +4,7 @@ Letters, used alike in every signature and kernel of the project:
 
     N  packed tokens            B  examples               K  directions
     I  input features           O  output features        D  hidden features      V  vocabulary
+    H  query heads              G  key heads, G | H       E  head features        F  value features
 
 Tokens of all examples lie one after the other; example ``i`` owns rows ``cu_seqlens[i]`` to
 ``cu_seqlens[i + 1]`` (``cu_seqlens`` is int32, length B + 1, starts at 0 and ends at N). A linear layer
@@ -19,6 +20,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "attention",
+    "attention_backward",
+    "attention_jvp",
     "ghost_dot",
     "ghost_norm",
     "linear_logprob",
@@ -39,6 +43,129 @@ def _segment_ids(cu_seqlens: Tensor, n: int) -> Tensor:
 def _segment_sum(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
     out = rows.new_zeros(*rows.shape[:-1], cu_seqlens.shape[0] - 1)
     return out.index_add_(-1, _segment_ids(cu_seqlens, rows.shape[-1]), rows)
+
+
+def _visible(cu_seqlens: Tensor, parent: Tensor | None, window: int, n: int) -> Tensor:
+    """(N, N): whether query token n sees key token m."""
+    ids = _segment_ids(cu_seqlens, n)
+    tokens = torch.arange(n, device=cu_seqlens.device)
+    before = torch.zeros_like(cu_seqlens[1:])  # tokens of the parent
+    if parent is None:
+        from_parent = torch.zeros_like(ids, dtype=torch.bool)[:, None]
+    else:
+        lengths = cu_seqlens.diff()
+        before = torch.where(parent >= 0, lengths[parent.clamp(min=0).long()], before)
+        from_parent = parent[ids][:, None] == ids[None, :]
+    position = tokens - cu_seqlens[ids] + before[ids]
+    distance = position[:, None] - position[None, :]
+    visible = from_parent | ((ids[:, None] == ids[None, :]) & (distance >= 0))
+    return visible & (distance < window) if window else visible
+
+
+def _attention_weights(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor, parent: Tensor | None, scale: float, window: int, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax weights (H, N, N), log-sum-exp (H, N) and the slope of the scores in scale * q . k."""
+    acc = _accumulate_dtype(q)
+    k = k.to(acc).repeat_interleave(q.shape[1] // k.shape[1], 1)
+    s = torch.einsum("nhe,mhe->hnm", q.to(acc), k) * scale
+    slope = torch.ones_like(s)
+    if softcap != 0.0:
+        t = torch.tanh(s / softcap)
+        s, slope = softcap * t, 1 - t * t
+    s = s.masked_fill(~_visible(cu_seqlens, parent, window, q.shape[0]), float("-inf"))
+    lse = torch.logsumexp(s, -1)
+    return torch.exp(s - lse[..., None]), lse, slope
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    parent: Tensor | None = None,
+    scale: float = 1.0,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Causal grouped-query attention within segments of packed tokens, and its log-sum-exp.
+
+    Segment j owns rows cu_seqlens[j] to cu_seqlens[j + 1]; where parent[j] >= 0 it continues that segment, whose tokens
+    come before its own: a root (parent -1) and the segments that continue it lie one after the other. A query sees the
+    keys before it and its own, at most ``window`` of them (0: all). Scores are c(scale q . k) with c(s) = softcap
+    tanh(s / softcap) (0: no cap). Query head h reads key head h // (H / G).
+    Shapes: q (N, H, E), k (N, G, E), v (N, G, F), cu_seqlens (B + 1), parent (B) int32 -> (N, H, F) in q's dtype,
+    (N, H) in the accumulation dtype.
+    Cost: 2 (E + F) flops a visible pair and head; no N x N matrix is stored (by the kernels).
+    """
+    p, lse, _ = _attention_weights(q, k, cu_seqlens, parent, scale, window, softcap)
+    v = v.to(p.dtype).repeat_interleave(q.shape[1] // v.shape[1], 1)
+    return torch.einsum("hnm,mhf->nhf", p, v).to(q.dtype), lse.T.contiguous()
+
+
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    parent: Tensor | None = None,
+    scale: float = 1.0,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of sum grad * out in q, k and v, in their dtypes, with the weights recomputed tile by tile.
+
+    With p the weights, dp = grad v^T and ds = p (dp - grad . out): dq = scale c' ds k, dk = scale (c' ds)^T q, dv = p^T
+    grad, summed over the query heads of a key head and over the segments that continue a parent.
+    Shapes: grad and out (N, H, F), lse (N, H); outputs of ``attention`` -> shapes of q, k, v.
+    Cost: 2 (3 E + 2 F) flops a visible pair and head.
+    """
+    p, _, slope = _attention_weights(q, k, cu_seqlens, parent, scale, window, softcap)
+    groups = k.shape[1]
+    per_group = q.shape[1] // groups
+    q_, k_, v_, grad_, out_ = (x.to(p.dtype) for x in (q, k, v, grad, out))
+    k_, v_ = k_.repeat_interleave(per_group, 1), v_.repeat_interleave(per_group, 1)
+    dp = torch.einsum("nhf,mhf->hnm", grad_, v_)
+    delta = (grad_ * out_).sum(-1).T[..., None]
+    ds = p * (dp - delta) * slope * scale
+    dk = torch.einsum("hnm,nhe->mhe", ds, q_).unflatten(1, (groups, per_group)).sum(2)
+    dv = torch.einsum("hnm,nhf->mhf", p, grad_).unflatten(1, (groups, per_group)).sum(2)
+    return torch.einsum("hnm,mhe->nhe", ds, k_).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def attention_jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    cu_seqlens: Tensor,
+    parent: Tensor | None = None,
+    scale: float = 1.0,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``attention`` and its K directional derivatives in one pass over the keys.
+
+    With ds = c' scale (dq . k + q . dk): dout = sum_m p_m (ds_m v_m + dv_m) - (sum_m p_m ds_m) out.
+    Shapes: as ``attention``; dq (K, N, H, E), dk (K, N, G, E), dv (K, N, G, F) -> (N, H, F), (N, H), (K, N, H, F), the
+    first and the last in q's dtype.
+    Cost: 2 (E + F) flops a visible pair and head, 4 K (E + F) more for the tangents.
+    """
+    p, lse, slope = _attention_weights(q, k, cu_seqlens, parent, scale, window, softcap)
+    per_group = q.shape[1] // k.shape[1]
+    k_, v_ = (x.to(p.dtype).repeat_interleave(per_group, 1) for x in (k, v))
+    dk_, dv_ = (x.to(p.dtype).repeat_interleave(per_group, 2) for x in (dk, dv))
+    out = torch.einsum("hnm,mhf->nhf", p, v_)
+    ds = torch.einsum("jnhe,mhe->jhnm", dq.to(p.dtype), k_) + torch.einsum("nhe,jmhe->jhnm", q.to(p.dtype), dk_)
+    pds = p * ds * slope * scale
+    dout = torch.einsum("jhnm,mhf->jnhf", pds, v_) + torch.einsum("hnm,jmhf->jnhf", p, dv_)
+    dout = dout - pds.sum(-1).transpose(1, 2)[..., None] * out
+    return out.to(q.dtype), lse.T.contiguous(), dout.to(q.dtype)
 
 
 def ghost_dot(a: Tensor, g: Tensor, cu_seqlens: Tensor, v: Tensor) -> Tensor:
