@@ -1,7 +1,10 @@
 """Tiny causal LMs of many families, built from configs, with every parameter away from its special initial value."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +26,10 @@ from transformers import (
     Qwen3Config,
 )
 from transformers.masking_utils import eager_mask
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 VOCAB = 61
 _SIZES = {
@@ -51,6 +58,21 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "opt": OPTConfig(**_SIZES, ffn_dim=48, word_embed_proj_dim=16, dropout=0.0),
     "gpt-neox": GPTNeoXConfig(**_SIZES, intermediate_size=48),
 }
+
+
+def _exact_norm(module: Any, x: Tensor) -> Tensor:
+    return module.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
+
+
+@contextmanager
+def true_float64() -> Iterator[None]:
+    """Norms in the model's own precision: families compute them in float32 even in a float64 model, and where values
+    and tangents are rounded apart, nothing agrees beyond 1e-7."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch.Tensor, "float", torch.Tensor.double))
+        for norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
+            stack.enter_context(mock.patch.object(norm, "forward", _exact_norm))
+        yield
 
 
 def _oracle_attention(

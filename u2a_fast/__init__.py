@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from u2a_fast import ops
-from u2a_fast.influence.derivatives import directional_derivatives
 from u2a_fast.influence.objectives import DPO, SFT, Reward
+from u2a_fast.influence.routes import directional_derivatives
 from u2a_fast.influence.scorer import InfluenceScorer, Scores
 from u2a_fast.influence.signal import signal_check
 

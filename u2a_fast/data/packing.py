@@ -28,6 +28,7 @@ class Packed:
     target: Tensor  # (M) int64, the token each of them should predict
     cu_targets: Tensor  # (B + 1) int32, example i owns rows cu_targets[i] : cu_targets[i + 1]
     scored: tuple[int, ...]  # (B) scored tokens an example, on the host
+    parent: Tensor | None = None  # where prompts are shared, (segments) int32 of ``ops.attention``: data.sharing
 
     def to(self, device: torch.device) -> "Packed":
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -41,7 +42,8 @@ def _as_ids(value: Any, what: str, i: int) -> Tensor:
     return ids.to("cpu", torch.int64)
 
 
-def _check_keys(i: int, example: Example) -> None:
+def check_keys(i: int, example: Example) -> None:
+    """Raise ValueError where example ``i`` lacks ids or labels."""
     if missing := [key for key in ("input_ids", "labels") if key not in example]:
         raise ValueError(f"[examples] expected keys input_ids and labels, example {i} lacks {missing}")
 
@@ -59,7 +61,7 @@ def pack(examples: Sequence[Example], device: torch.device | str = "cpu") -> Pac
     """
     ids, positions, rows, targets, lengths, scored, start = [], [], [], [], [], [], 0
     for i, example in enumerate(examples):
-        _check_keys(i, example)
+        check_keys(i, example)
         x, y = _as_ids(example["input_ids"], "input_ids", i), _as_ids(example["labels"], "labels", i)
         if x.shape != y.shape:
             raise ValueError(
@@ -80,17 +82,18 @@ def pack(examples: Sequence[Example], device: torch.device | str = "cpu") -> Pac
     packed = Packed(
         input_ids=torch.cat(ids) if ids else empty,
         position_ids=torch.cat(positions) if ids else empty,
-        cu_seqlens=_offsets(lengths),
+        cu_seqlens=offsets(lengths),
         lengths=tuple(lengths),
         rows=torch.cat(rows) if ids else empty,
         target=torch.cat(targets) if ids else empty,
-        cu_targets=_offsets(scored),
+        cu_targets=offsets(scored),
         scored=tuple(scored),
     )
     return packed.to(torch.device(device))
 
 
-def _offsets(counts: list[int]) -> Tensor:
+def offsets(counts: list[int]) -> Tensor:
+    """Where each run of ``counts`` entries starts, and where the last one ends: (len(counts) + 1) int32."""
     return torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
 
 
@@ -119,6 +122,6 @@ def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
 def batched(examples: Sequence[Example], token_budget: int) -> list[tuple[list[int], list[Example]]]:
     """``plan_batches`` over the examples' own lengths: (positions, examples) of every batch."""
     for i, example in enumerate(examples):
-        _check_keys(i, example)
+        check_keys(i, example)
     plan = plan_batches([len(example["input_ids"]) for example in examples], token_budget)
     return [(batch, [examples[i] for i in batch]) for batch in plan]

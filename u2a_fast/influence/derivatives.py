@@ -19,7 +19,7 @@ from u2a_fast.models.decoder import Decoder, check_packing, check_reduction, red
 from u2a_fast.models.norms import short_rms_norms
 from u2a_fast.models.parameters import evaluation_mode
 
-__all__ = ["DerivativePass", "Direction", "directional_derivatives"]
+__all__ = ["DerivativeBatch", "DerivativePass", "Direction", "cast_parameters", "stack_directions"]
 
 Direction = Mapping[str, Tensor]
 
@@ -31,7 +31,7 @@ def resolve_token_budget(given: int | None, device: torch.device) -> int:
     return 16384 if device.type == "cuda" else 2048
 
 
-def _stack(model: nn.Module, directions: Sequence[Direction]) -> dict[str, Tensor]:
+def stack_directions(model: nn.Module, directions: Sequence[Direction]) -> dict[str, Tensor]:
     """Directions by parameter name, (K, *shape), absent names zero."""
     parameters = dict(model.named_parameters())
     stacked = {}
@@ -51,7 +51,7 @@ def _stack(model: nn.Module, directions: Sequence[Direction]) -> dict[str, Tenso
 
 
 @contextmanager
-def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Floating-point parameters in ``dtype`` for the duration of the block; the originals come back untouched."""
     originals = [(p, p.data) for p in model.parameters() if p.is_floating_point() and p.dtype != dtype]
     try:
@@ -97,7 +97,7 @@ class DerivativePass:
         check_reduction(reduction)
         self.model, self.reduction, self.dtype = model, reduction, dtype
         self.decoder = Decoder(model)
-        stacked = _stack(model, directions)
+        stacked = stack_directions(model, directions)
         self.count = len(directions)
         self.double = all(p.dtype == torch.float64 for p in model.parameters() if p.is_floating_point())
         names = {id(p): name for name, p in model.named_parameters()}
@@ -111,9 +111,13 @@ class DerivativePass:
     @contextmanager
     def running(self) -> Iterator[None]:
         """The model frozen, in evaluation mode and in ``dtype``: run batches inside this block."""
-        cast = _cast_parameters(self.model, self.dtype) if self.dtype is not None else nullcontext()
+        cast = cast_parameters(self.model, self.dtype) if self.dtype is not None else nullcontext()
         with cast, evaluation_mode(self.model), short_rms_norms(self.model):
             yield
+
+    def batches(self, examples: Sequence[Example], token_budget: int) -> list[tuple[list[int], list[Example]]]:
+        """(positions, examples) of every batch."""
+        return batched(examples, token_budget)
 
     def __call__(self, examples: Sequence[Example]) -> DerivativeBatch:
         """One batch, which must fit in memory; call inside ``running``."""
@@ -168,48 +172,3 @@ class DerivativePass:
 
     def _zero_dweight(self, weight: Tensor) -> Tensor:
         return torch.zeros(self.count, *weight.shape, dtype=weight.dtype, device=weight.device)
-
-
-def directional_derivatives(
-    model: nn.Module,
-    examples: Sequence[Example],
-    direction: Direction | Sequence[Direction],
-    *,
-    reduction: str = "mean",
-    mode: str = "auto",
-    token_budget: int | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """<direction, grad NLL_i> for every example i, exactly, without forming a per-example gradient.
-
-    Args:
-        model: a transformers causal LM or a PEFT model around one. It is left as it was found.
-        examples: B mappings with ``input_ids`` and ``labels`` of equal length (-100 where not scored; the model
-            shifts, as in transformers).
-        direction: a mapping from names of ``model.named_parameters()`` to tensors of the parameters' shapes, absent
-            names meaning zero; or a list of K of them, which share the passes through the model.
-        reduction: NLL_i in nats is the ``"mean"`` or the ``"sum"`` over example i's scored tokens.
-        mode: ``"auto"`` or ``"reverse"`` (forward, activation-only backward, one contraction a layer).
-        token_budget: most tokens a batch (an example longer than that goes alone); None: 2048 on CPU, 16384 on CUDA.
-        dtype: precision of the model's passes; accumulation is float32 whatever it is. None: the model's own.
-
-    Returns:
-        (B), or (K, B) for a list of directions: float32 (float64 for a float64 model), on the model's device.
-
-    Raises:
-        ValueError: a name, a shape, an example or an option is wrong.
-        NotImplementedError: a selected module, or the way the model mixes tokens, is not understood.
-    """
-    if mode not in ("auto", "reverse"):
-        raise ValueError(f'[directional_derivatives] expected mode "auto" or "reverse", got {mode!r}')
-    directions = [direction] if isinstance(direction, Mapping) else list(direction)
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError("[directional_derivatives] expected to be called outside of torch.inference_mode()")
-    passes = DerivativePass(model, directions, reduction=reduction, dtype=dtype)
-    budget = resolve_token_budget(token_budget, passes.decoder.device)
-    out_dtype = torch.float64 if passes.double else torch.float32
-    out = torch.empty(passes.count, len(examples), dtype=out_dtype, device=passes.decoder.device)
-    with passes.running():
-        for positions, batch in batched(examples, budget):
-            out[:, positions] = passes(batch).derivatives
-    return out[0] if isinstance(direction, Mapping) else out

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from u2a_fast.curvature.diagonal import Curvature, DiagonalFisher, Identity
-from u2a_fast.data.packing import Example, batched
-from u2a_fast.influence.derivatives import DerivativePass, resolve_token_budget
+from u2a_fast.data.packing import Example
+from u2a_fast.influence.derivatives import resolve_token_budget
 from u2a_fast.influence.objectives import Objective
+from u2a_fast.influence.routes import MODES, Choice, Pass, make_pass, run_batches
 from u2a_fast.losses import unlearning_slope
 from u2a_fast.models.parameters import selected_parameters
 
@@ -67,6 +68,10 @@ class InfluenceScorer:
         damping: mu over the mean of the curvature's diagonal (not used by ``"identity"``).
         token_budget: most tokens a batch; None: 2048 on CPU, 16384 on CUDA.
         dtype: precision of the scoring passes, e.g. ``torch.bfloat16``; the direction is solved in the model's own.
+        mode: the route, as ``directional_derivatives`` takes it.
+
+    Attributes:
+        choice: the route that ``score`` took and why; None before the first call.
     """
 
     def __init__(
@@ -83,7 +88,10 @@ class InfluenceScorer:
         damping: float = 0.1,
         token_budget: int | None = None,
         dtype: torch.dtype | None = None,
+        mode: str = "auto",
     ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"[InfluenceScorer] expected mode to be one of {list(MODES)}, got {mode!r}")
         if isinstance(curvature, str) and curvature not in ("identity", "fisher"):
             raise ValueError(
                 f'[InfluenceScorer] expected curvature "identity", "fisher" or an object, got {curvature!r}'
@@ -92,12 +100,13 @@ class InfluenceScorer:
         self.model, self.tokenizer, self.objective = model, tokenizer, objective
         self.names = list(selected_parameters(model, parameters))
         self.loss, self.npo_beta, self.reduction = loss, npo_beta, reduction
-        self.damping, self.dtype = damping, dtype
+        self.damping, self.dtype, self.mode = damping, dtype, mode
         self.token_budget = resolve_token_budget(token_budget, next(model.parameters()).device)
         self._curvature = curvature
         self._solver: Curvature | None = Identity() if curvature == "identity" else None
         self._direction: dict[str, Tensor] | None = None
-        self._pass: DerivativePass | None = None
+        self._pass: Pass | None = None
+        self.choice: Choice | None = None
 
     def reset(self) -> None:
         """Forget the direction, after the model has changed; the objective's reference stays."""
@@ -153,12 +162,13 @@ class InfluenceScorer:
         if self._curvature == "fisher" and self._solver is None:
             self.fit_curvature(list(islice(items, _FISHER_SAMPLE)))
         if self._pass is None:
-            self._pass = DerivativePass(self.model, [self.direction()], reduction=self.reduction, dtype=self.dtype)
+            self._pass, self.choice = make_pass(
+                self.model, [self.direction()], mode=self.mode, reduction=self.reduction, dtype=self.dtype
+            )
         derivative = torch.empty(len(items), dtype=torch.float64)
         nll, tokens = torch.empty_like(derivative), torch.empty(len(items), dtype=torch.int64)
         with self._pass.running():
-            for positions, batch in batched(items, self.token_budget):
-                out = self._pass(batch)
+            for positions, out in run_batches(self._pass, items, self.token_budget):
                 derivative[positions] = out.derivatives[0].double().cpu()
                 nll[positions] = out.nll.double().cpu()
                 tokens[positions] = out.tokens

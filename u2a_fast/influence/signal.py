@@ -9,8 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from u2a_fast.data.packing import Example
-from u2a_fast.influence.derivatives import directional_derivatives
 from u2a_fast.influence.objectives import Objective
+from u2a_fast.influence.routes import directional_derivatives
 from u2a_fast.influence.scorer import InfluenceScorer
 from u2a_fast.statistics import bootstrap_interval, spearman
 

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from u2a_fast import ops
 from u2a_fast.data.packing import Packed
 from u2a_fast.models import cpu_attention
 
@@ -25,6 +27,7 @@ _UNSUPPORTED = ("s_aux", "sinks", "position_bias", "alibi", "head_mask", "attent
 class _Layout:
     """Where each packed token lies in a (B, T) grid, and back; None where the packed order is the grid already."""
 
+    packed: Packed
     batch: int
     longest: int
     to_grid: Tensor | None  # (B * T) packed position of each cell; padding cells repeat their example's first token
@@ -38,7 +41,7 @@ def _make_layout(packed: Packed) -> _Layout:
     longest = max(packed.lengths, default=0)
     batch = len(packed.lengths)
     if all(length == longest for length in packed.lengths):
-        return _Layout(batch, longest, None, None)
+        return _Layout(packed, batch, longest, None, None)
     lengths = torch.tensor(packed.lengths)
     starts = packed.cu_seqlens[:-1].to("cpu", torch.int64)
     steps = torch.arange(longest)
@@ -46,7 +49,7 @@ def _make_layout(packed: Packed) -> _Layout:
     to_grid = torch.where(real, starts[:, None] + steps, starts[:, None]).flatten()
     from_grid = real.flatten().nonzero()[:, 0]
     device = packed.input_ids.device
-    return _Layout(batch, longest, to_grid.to(device), from_grid.to(device))
+    return _Layout(packed, batch, longest, to_grid.to(device), from_grid.to(device))
 
 
 class _Regrid(torch.autograd.Function):
@@ -99,6 +102,27 @@ def _softcapped(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, m
     return nn.functional.dropout(weights, dropout) @ v
 
 
+def _tokens_first(x: Tensor) -> Tensor:
+    return x[0].transpose(0, 1)
+
+
+def _with_tangents(
+    q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float, window: int, softcap: float
+) -> Tensor | None:
+    """Attention (1, N, H, F) of queries (1, H, N, E), with its tangent; None where there is none to carry."""
+    pairs = [forward_ad.unpack_dual(x) for x in (q, k, v)]
+    q, k, v = (_tokens_first(pair.primal) for pair in pairs)
+    options = (packed.cu_seqlens, packed.parent, scale, window, softcap)
+    if all(pair.tangent is None for pair in pairs):
+        return None if packed.parent is None else ops.attention(q, k, v, *options)[0][None]
+    dq, dk, dv = (
+        torch.zeros_like(x)[None] if pair.tangent is None else _tokens_first(pair.tangent)[None]
+        for x, pair in zip((q, k, v), pairs, strict=True)
+    )
+    out, _, dout = ops.attention_jvp(q, k, v, dq, dk, dv, *options)
+    return forward_ad.make_dual(out[None], dout)
+
+
 def _check_window(module: nn.Module, options: dict[str, Any], longest: int) -> int | None:
     config = getattr(module, "config", None)
     if "sliding_window" in options:
@@ -138,6 +162,9 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = _check_window(module, options, layout.longest)
     softcap = options.get("softcap")
+    out = _with_tangents(query, key, value, layout.packed, scale, window or 0, softcap or 0.0)
+    if out is not None:
+        return out, None
     q, k, v = (_to_grid(x, layout) for x in (query, key, value))
     if softcap is not None:
         mask = _band(layout.longest, window or layout.longest, q.device)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from u2a_fast import ops
 from u2a_fast.data.packing import IGNORE_INDEX, Example, Packed, pack
+from u2a_fast.data.sharing import pack_shared
 from u2a_fast.models.attention import packed_layout
 
 __all__ = ["Decoder", "Head", "check_packing", "segment_sum", "sequence_logprobs"]
@@ -79,9 +80,9 @@ class Decoder:
         """Where token ids go."""
         return self.head_module.weight.device if self.head else next(self.model.parameters()).device
 
-    def pack(self, examples: Sequence[Example]) -> Packed:
-        """``packing.pack`` on the model's device, with ids held against its vocabulary (ValueError)."""
-        packed = pack(examples)
+    def pack(self, examples: Sequence[Example], *, shared: bool = False) -> Packed:
+        """``packing.pack`` (``pack_shared``) on the model's device, ids held against its vocabulary (ValueError)."""
+        packed = pack_shared(examples) if shared else pack(examples)
         rows = self.lm.get_input_embeddings().weight.shape[0]
         for what, ids, size in (
             ("input_ids", packed.input_ids, rows),
@@ -99,9 +100,10 @@ class Decoder:
                 "the forward pass without the packed layout"
             )
         limit = _length_dependent_rope(self.config)
-        if limit is not None and max(packed.lengths, default=0) >= limit:
+        longest = int(packed.position_ids.max()) + 1 if limit is not None and len(packed.position_ids) else 0
+        if limit is not None and longest >= limit:
             raise NotImplementedError(
-                f"[model] expected examples of at most {limit} tokens, got {max(packed.lengths) + 1}: beyond them the "
+                f"[model] expected examples of at most {limit} tokens, got {longest + 1}: beyond them the "
                 f"rotary embedding of {type(self.lm).__name__} depends on the longest example in sight"
             )
 

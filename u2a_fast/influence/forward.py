@@ -1,0 +1,132 @@
+"""The forward route: directional derivatives carried through the model beside its values.
+
+One pass of three products a layer (y = W a, V a and W da) where the reverse route has three passes of one; nothing is
+kept for a backward pass, so memory is two live layers, and a prompt that several examples share runs once.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from u2a_fast import ops
+from u2a_fast.data.packing import Example, Packed
+from u2a_fast.data.sharing import shared_batches
+from u2a_fast.influence.derivatives import DerivativeBatch, Direction, cast_parameters, stack_directions
+from u2a_fast.models.decoder import Decoder, check_packing, check_reduction, probe_examples, reduce_tokens
+from u2a_fast.models.norms import short_rms_norms
+from u2a_fast.models.parameters import evaluation_mode
+from u2a_fast.models.tangents import dual_parameters, split_dual
+
+__all__ = ["ForwardPass"]
+
+
+class ForwardPass:
+    """``DerivativePass`` in forward mode; K directions run one after the other, at 3 units each.
+
+    Args:
+        model: a transformers causal LM or a PEFT model around one, of operations that PyTorch differentiates forward.
+        directions: K mappings from parameter names to tensors of the parameters' shapes, absent names meaning zero.
+        reduction: NLL_i is the ``"sum"`` or the ``"mean"`` over example i's scored tokens.
+        dtype: run the model and its tangents in this precision; None: as the model is.
+
+    Raises:
+        NotImplementedError: an operation of the model has no forward-mode derivative, or the way the model mixes tokens
+            is not understood.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        directions: Sequence[Direction],
+        *,
+        reduction: str = "mean",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_reduction(reduction)
+        self.model, self.reduction, self.dtype = model, reduction, dtype
+        self.decoder = Decoder(model)
+        stacked = stack_directions(model, directions)
+        self.count = len(directions)
+        parameters = dict(model.named_parameters())
+        self.double = all(p.dtype == torch.float64 for p in parameters.values() if p.is_floating_point())
+        self._tangents = [
+            {name: v[k].to(dtype or parameters[name].dtype) for name, v in stacked.items()} for k in range(self.count)
+        ]
+        names = {id(p): name for name, p in model.named_parameters()}
+        head = self.decoder.head
+        self._head_names = (names[id(head.weight)], names.get(id(head.bias))) if head else (None, None)
+        with evaluation_mode(model):
+            check_packing(self.decoder)
+        self._check_operations()
+
+    def _check_operations(self) -> None:
+        try:
+            with self.running():
+                self(probe_examples(self.decoder))
+        except (NotImplementedError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise NotImplementedError(
+                f'[forward] {type(self.decoder.lm).__name__} does not run in forward mode, use mode="reverse": {error}'
+            ) from error
+
+    def batches(self, examples: Sequence[Example], token_budget: int) -> list[tuple[list[int], list[Example]]]:
+        """(positions, examples) of every batch; a prompt that several examples share counts once."""
+        return shared_batches(examples, token_budget)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The model frozen, in evaluation mode and in ``dtype``: run batches inside this block."""
+        cast = cast_parameters(self.model, self.dtype) if self.dtype is not None else nullcontext()
+        with cast, evaluation_mode(self.model), short_rms_norms(self.model):
+            yield
+
+    def __call__(self, examples: Sequence[Example]) -> DerivativeBatch:
+        """One batch, which must fit in memory; call inside ``running``."""
+        packed = self.decoder.pack(examples, shared=True)
+        out_dtype = torch.float64 if self.double else torch.float32
+        with torch.no_grad():
+            rows = []
+            for tangents in self._tangents:
+                logp, jvp = self._one(packed, tangents)
+                rows.append(jvp)
+            if not rows:
+                logp, _ = self._one(packed, {})
+            stacked = torch.stack(rows) if rows else logp.new_zeros(0, len(logp))
+            derivatives = -reduce_tokens(stacked, packed, self.reduction)
+            nll = -reduce_tokens(logp[None], packed, self.reduction)[0]
+        return DerivativeBatch(derivatives.to(out_dtype), nll, torch.tensor(packed.scored))
+
+    def _one(self, packed: Packed, tangents: Direction) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the scored tokens and their tangents, (M) and (M)."""
+        with dual_parameters(self.model, tangents):
+            hidden = self.decoder.hidden(packed)
+            if self.decoder.head is None:
+                logp, jvp = split_dual(self.decoder.materialized_logprobs(hidden[packed.rows], packed.target))
+                return logp, torch.zeros_like(logp) if jvp is None else jvp
+            h, dh = split_dual(hidden)
+        return self._head(h, dh, packed, tangents)
+
+    def _head(self, h: Tensor, dh: Tensor | None, packed: Packed, tangents: Direction) -> tuple[Tensor, Tensor]:
+        head = self.decoder.head
+        assert head is not None
+        weight_name, bias_name = self._head_names
+        rows = h[packed.rows] * head.scale if head.scale != 1.0 else h[packed.rows]
+        drows = None if dh is None else (dh[packed.rows] * head.scale if head.scale != 1.0 else dh[packed.rows])[None]
+        dweight = tangents.get(weight_name or "")
+        dbias = tangents.get(bias_name or "")
+        if drows is None and dweight is None:
+            drows = torch.zeros_like(rows)[None]
+        logp, _, jvp = ops.linear_logprob_jvp(
+            rows,
+            head.weight,
+            packed.target,
+            drows,
+            None if dweight is None else dweight[None],
+            head.bias,
+            None if dbias is None else dbias[None],
+            head.softcap,
+        )
+        return logp, jvp[0]
