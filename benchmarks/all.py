@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/all.py`
 
-from benchmarks import tables
-from benchmarks.machine import ROOT, describe
+from benchmarks import ROOT, tables
 from benchmarks.rows import results_file
+from u2a_fast.bench.machine import describe
 
 BENCHMARKS = ("score", "memory", "run")
 

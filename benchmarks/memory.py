@@ -24,10 +24,10 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/memory.py`
 
+from benchmarks import ROOT
 from benchmarks.baselines import float64_scores, forward_full_head, score_error
-from benchmarks.machine import ROOT
-from benchmarks.rows import Row, make_row, write_rows
 from benchmarks.workloads import TokenExample, Workload, llama, random_examples, random_llama
+from u2a_fast.bench.rows import Row, make_row, write_rows
 from u2a_fast.data.packing import batched
 from u2a_fast.influence.derivatives import DerivativePass
 from u2a_fast.influence.objectives import SFT

@@ -29,10 +29,10 @@ from benchmarks.baselines import (
     forward_full_head,
     score_error,
 )
-from benchmarks.machine import has_cpu_flag
-from benchmarks.rows import Row, make_row, write_rows
-from benchmarks.timing import once, ratios
 from benchmarks.workloads import HH_TOKENS, Workload, hh, hh_missing, llama
+from u2a_fast.bench.machine import has_cpu_flag
+from u2a_fast.bench.rows import Row, make_row, write_rows
+from u2a_fast.bench.timing import once, ratios
 from u2a_fast.data.packing import Example, batched
 from u2a_fast.influence.derivatives import DerivativePass
 from u2a_fast.models.decoder import Decoder

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.cases import timing_cases
-from benchmarks.rows import Row, read_rows
 from u2a_fast import ops, testing
+from u2a_fast.bench.cases import timing_cases
+from u2a_fast.bench.rows import Row, read_rows
 
 __all__ = ["main", "slowest"]
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/tables.py`
 
-from benchmarks.machine import ROOT
-from benchmarks.rows import RESULTS, Row, read_rows
+from benchmarks import ROOT
+from benchmarks.rows import RESULTS
+from u2a_fast.bench.rows import Row, read_rows
 
 __all__ = ["TABLES", "main", "render"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from benchmarks.machine import ROOT
+from benchmarks import ROOT
 from u2a_fast.data.packing import IGNORE_INDEX
 
 __all__ = ["HH_TOKENS", "TokenExample", "Workload", "hh", "hh_missing", "llama", "random_examples", "random_llama"]

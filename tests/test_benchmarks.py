@@ -14,14 +14,17 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import all as all_benchmarks
-from benchmarks import machine, memory, run, sanitize, score, slowest, tables, workloads
-from benchmarks.cases import COMPOSITIONS, bare_product, timing_cases
-from benchmarks.rows import RESULTS, Row, make_row, read_rows, write_rows
-from benchmarks.timing import Spread, alternate, ratios
+from benchmarks import memory, run, sanitize, score, slowest, tables, workloads
+from benchmarks.rows import RESULTS
 from u2a_fast import ops, testing
+from u2a_fast.bench import machine
+from u2a_fast.bench.cases import COMPOSITIONS, bare_product, timing_cases
+from u2a_fast.bench.measure import Settings, measure
+from u2a_fast.bench.rows import Row, make_row, read_rows, write_rows
+from u2a_fast.bench.timing import Spread, alternate, ratios
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = run.Settings(rounds=2, gemm=16, copy_bytes=1 << 12)
+QUICK = Settings(rounds=2, gemm=16, copy_bytes=1 << 12)
 CASES = {
     (op, dtype): next(
         case
@@ -54,7 +57,7 @@ def scoring_row(tiny: workloads.Workload) -> Row:
 
 @pytest.mark.parametrize("key", CASES, ids=lambda key: f"{key[0]}-{key[1]}")
 def test_every_op_gives_a_row(key: tuple[str, torch.dtype], tmp_path: Path) -> None:
-    row = run.measure(CASES[key], QUICK)
+    row = measure(CASES[key], QUICK)
     assert isinstance(row, dict), row
     write_rows(tmp_path / "rows.jsonl", [row])
     (stored,) = read_rows(tmp_path / "rows.jsonl")
@@ -68,7 +71,7 @@ def test_every_op_gives_a_row(key: tuple[str, torch.dtype], tmp_path: Path) -> N
 def test_a_wrong_op_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     right, case = ops.ghost_dot, CASES["ghost_dot", torch.float32]
     monkeypatch.setattr(ops, "ghost_dot", lambda **arguments: right(**arguments) * (1 + 1e-3))
-    found = run.measure(case, QUICK)
+    found = measure(case, QUICK)
     assert isinstance(found, list) and "budget" in found[0]
     monkeypatch.setattr(run, "timing_cases", lambda device: (case,))
     assert run.main(["--quick"]) == 1
@@ -218,7 +221,7 @@ def test_committed_rows_passed_their_gate_and_name_no_place() -> None:
 
 
 def test_tables_from_rows(tmp_path: Path, scoring_row: Row, capsys: pytest.CaptureFixture[str]) -> None:
-    ops_row = run.measure(CASES["ghost_dot", torch.float32], QUICK)
+    ops_row = measure(CASES["ghost_dot", torch.float32], QUICK)
     assert isinstance(ops_row, dict)
     points = [make_row("memory", "vocabulary-9", {"axis": "vocabulary", "size": 9, **_mib()}, gate="yes")]
     points.append(make_row("memory", "negatives-7", {"axis": "negatives", "size": 7, "peak_mib": 3.0}, gate="yes"))

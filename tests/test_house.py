@@ -16,7 +16,7 @@ KERNELS = ROOT / "kernels"  # installed as u2a_fast.kernels
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"cli"}),
     frozenset({"demo"}),
-    frozenset({"report"}),
+    frozenset({"report", "bench"}),
     frozenset({"evaluation", "unlearning", "doctor"}),
     frozenset({"influence", "selection"}),
     frozenset({"curvature", "store"}),

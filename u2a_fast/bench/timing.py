@@ -25,6 +25,7 @@ class Spread:
 
     @classmethod
     def of(cls, samples: list[float]) -> "Spread":
+        """The spread of ``samples``, of which there is at least one."""
         p20, p50, p80 = np.percentile(samples, (20, 50, 80))
         return cls(float(p20), float(p50), float(p80))
 

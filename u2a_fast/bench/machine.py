@@ -13,7 +13,7 @@ from u2a_fast.manifest import versions
 
 __all__ = ["ROOT", "commit", "describe", "has_cpu_flag", "slug"]
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MEASURED = ("u2a_fast", "csrc", "kernels", "benchmarks/*.py", "setup.py")
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
@@ -31,10 +31,13 @@ def has_cpu_flag(flag: str) -> bool:
 
 
 def commit() -> str:
-    """The commit of this checkout, "+changes" where code that is measured differs from it.
+    """The commit of the checkout that this package runs from, "+changes" where code that is measured differs from it.
 
-    Outside of a checkout (a copy on a GPU machine) it is what the environment variable BENCH_COMMIT says.
+    Outside of a checkout (a copy on a GPU machine, an installed package) it is what the environment variable
+    BENCH_COMMIT says, else "unknown".
     """
+    if not (ROOT / ".git").exists():  # git would search the folders above, which may be a checkout of something else
+        return os.environ.get("BENCH_COMMIT", "unknown")
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
         return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no", "--", *MEASURED) else "")
