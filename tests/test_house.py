@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"models"}),
     frozenset({"data"}),
     frozenset({"manifest", "testing"}),
-    frozenset({"ops", "interop"}),
+    frozenset({"ops", "interop", "_attention_cases"}),
     frozenset({"_register"}),
     frozenset({"kernels"}),
     frozenset({"reference", "_check", "losses", "statistics", "files"}),

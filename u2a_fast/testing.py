@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _attention_cases, reference
 
 __all__ = ["CASES", "CONSTANTS", "DTYPES", "TIMING_CASES", "Case", "budget", "cost", "expected", "inputs", "violations"]
 
@@ -29,6 +29,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # 4 standard deviations of one rounded sum cover every entry of every case; an op whose result passes through more than
 # one such sum takes the number of sums times that.
 CONSTANTS: dict[str, float] = {
+    "attention": 12.0,  # logits, the sum of exponentials, the sum over the values
+    "attention_backward": 16.0,  # logits, their log-sum-exp, dp, then the product with q, k or grad
+    "attention_jvp": 16.0,  # logits, tangents, the sum of exponentials, the sum over the values
     "ghost_dot": 4.0,  # one sum over o, i and t
     "ghost_norm": 8.0,  # products of two sums
     "linear_logprob": 8.0,  # logits, then the sum of exponentials
@@ -49,7 +52,9 @@ class Case:
         bias: whether the head has a bias (and, for the JVP, a bias tangent).
         softcap: logit cap of the head, 0 for none.
         tangents: which of "h" and "weight" have tangents (JVP) or get gradients (backward).
-        scale: standard deviation of the head's logits.
+        scale: standard deviation of the logits, of the head or of attention.
+        parent: for attention, the segment that each segment continues, -1 for none; None: all -1.
+        window: for attention, most keys that a query sees, 0 for all.
     """
 
     op: str
@@ -60,12 +65,16 @@ class Case:
     softcap: float = 0.0
     tangents: tuple[str, ...] = ("h", "weight")
     scale: float = 1.0
+    parent: tuple[int, ...] | None = None
+    window: int = 0
 
     @property
     def id(self) -> str:
         """A name that holds everything that distinguishes the case, e.g. ``ghost_dot-N7-I3-O4-K1-2,0,5-float32``."""
         parts = [self.op, *(f"{c}{n}" for c, n in self.sizes.items() if c != "B")]
-        parts += [_shorten(self.lengths)] if self.op.startswith("ghost") else []
+        parts += [] if self.op.startswith("linear") else [_shorten(self.lengths)]
+        parts += [f"parent{_shorten(self.parent)}"] if self.parent else []
+        parts += [f"window{self.window}"] if self.window else []
         parts += ["bias"] if self.bias else []
         parts += [f"cap{self.softcap:g}"] if self.softcap else []
         parts += [f"scale{self.scale:g}"] if self.scale != 1.0 else []
@@ -138,11 +147,12 @@ def _timing_rows() -> Iterator[tuple[str, dict[str, int], dict[str, Any]]]:
         yield "linear_logprob_backward", sizes, {"tangents": ("h",)}
         yield "linear_logprob_backward", sizes, {}
         yield "linear_logprob_jvp", {**sizes, "K": 1}, {}
+    yield from _attention_cases.timing_rows()
 
 
 CASES: tuple[Case, ...] = tuple(
     Case(op, sizes, dtype, **options)
-    for rows in (_ghost_rows, _head_rows)
+    for rows in (_ghost_rows, _head_rows, _attention_cases.rows)
     for op, sizes, options in rows()
     for dtype in DTYPES
 )
@@ -160,8 +170,11 @@ def inputs(case: Case, device: torch.device | str = "cpu") -> dict[str, Any]:
     def normal(*shape: int, std: float = 1.0) -> Tensor:
         return (torch.randn(shape, generator=generator, dtype=torch.float64) * std).to(case.dtype)
 
-    build = _ghost_inputs if case.op.startswith("ghost") else _head_inputs
-    arguments = build(case, normal, generator)
+    if case.op.startswith("attention"):
+        arguments = _attention_cases.inputs(case, normal)
+    else:
+        build = _ghost_inputs if case.op.startswith("ghost") else _head_inputs
+        arguments = build(case, normal, generator)
     return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in arguments.items()}
 
 
@@ -217,15 +230,22 @@ def budget(case: Case, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     wide = _map_floats(arguments, Tensor.double)
     eps = torch.finfo(torch.float64 if case.dtype == torch.float64 else torch.float32).eps
     scales = {
+        "attention": _attention_scales,
+        "attention_backward": _attention_scales,
+        "attention_jvp": _attention_scales,
         "ghost_dot": _ghost_scale,
         "ghost_norm": _ghost_scale,
         "linear_logprob": _logprob_scale,
         "linear_logprob_backward": _backward_scale,
         "linear_logprob_jvp": _jvp_scale,
     }[case.op](case, wide, eps)
-    # Below the smallest normal number precision is absolute, and flushing to zero is allowed.
-    tiny = torch.finfo(torch.float32).tiny
-    return tuple(CONSTANTS[case.op] * eps * scale + tiny for scale in scales)
+    return tuple(CONSTANTS[case.op] * eps * scale + _least(_output_dtype(case, j)) for j, scale in enumerate(scales))
+
+
+def _least(dtype: torch.dtype) -> float:
+    """Error allowed at 0: below the smallest normal number precision is absolute, and flushing to zero is allowed."""
+    least = torch.finfo(torch.float32).tiny
+    return max(least, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
 
 
 def violations(case: Case, arguments: dict[str, Any], outputs: tuple[Tensor, ...] | Tensor) -> list[str]:
@@ -248,9 +268,14 @@ def violations(case: Case, arguments: dict[str, Any], outputs: tuple[Tensor, ...
 
 
 def _output_dtype(case: Case, index: int) -> torch.dtype:
-    if case.op == "linear_logprob_backward" and index == 0:
+    in_inputs_dtype = {"attention": (0,), "attention_backward": (0, 1, 2), "attention_jvp": (0, 2)}
+    if index in (in_inputs_dtype | {"linear_logprob_backward": (0,)}).get(case.op, ()):
         return case.dtype
     return torch.float64 if case.dtype == torch.float64 else torch.float32
+
+
+def _attention_scales(case: Case, wide: dict[str, Any], eps: float) -> tuple[Tensor, ...]:
+    return _attention_cases.scales(case, wide)
 
 
 def _ghost_scale(case: Case, wide: dict[str, Any], eps: float) -> tuple[Tensor, ...]:
@@ -330,6 +355,8 @@ def _jvp_scale(case: Case, wide: dict[str, Any], eps: float) -> tuple[Tensor, ..
 
 def cost(case: Case) -> tuple[int, int]:
     """Floating-point operations of the algorithm and the fewest bytes it can move (each argument and result once)."""
+    if case.op.startswith("attention"):
+        return _attention_cases.cost(case)
     s = case.sizes
     arguments = _argument_elements(case)
     element = torch.finfo(case.dtype).bits // 8
