@@ -73,9 +73,17 @@ def _attention_weights(
     if softcap != 0.0:
         t = torch.tanh(s / softcap)
         s, slope = softcap * t, 1 - t * t
-    s = s.masked_fill(~_visible(cu_seqlens, parent, window, q.shape[0]), float("-inf"))
+    visible = _visible(cu_seqlens, parent, window, q.shape[0])
+    s = s.masked_fill(~visible, float("-inf"))
     lse = torch.logsumexp(s, -1)
-    return torch.exp(s - lse[..., None]), lse, slope
+    return torch.where(visible, torch.exp(s - lse[..., None]), 0.0), lse, slope
+
+
+def _mix(weights: Tensor, x: Tensor, visible: Tensor) -> Tensor:
+    """sum_m weights[h, n, m] x[m, h] over visible pairs -> (N, H, F); a zero weight shuts out NaN and infinity."""
+    finite = x.isfinite()
+    tainted = torch.einsum("nm,mhf->nhf", visible.to(x.dtype), (~finite).to(x.dtype)) > 0
+    return torch.where(tainted, torch.nan, torch.einsum("hnm,mhf->nhf", weights, torch.where(finite, x, 0.0)))
 
 
 def attention(
@@ -99,8 +107,9 @@ def attention(
     Cost: 2 (E + F) flops a visible pair and head; no N x N matrix is stored (by the kernels).
     """
     p, lse, _ = _attention_weights(q, k, cu_seqlens, parent, scale, window, softcap)
+    visible = _visible(cu_seqlens, parent, window, q.shape[0])
     v = v.to(p.dtype).repeat_interleave(q.shape[1] // v.shape[1], 1)
-    return torch.einsum("hnm,mhf->nhf", p, v).to(q.dtype), lse.T.contiguous()
+    return _mix(p, v, visible).to(q.dtype), lse.T.contiguous()
 
 
 def attention_backward(
@@ -124,16 +133,16 @@ def attention_backward(
     Cost: 2 (3 E + 2 F) flops a visible pair and head.
     """
     p, _, slope = _attention_weights(q, k, cu_seqlens, parent, scale, window, softcap)
+    visible = _visible(cu_seqlens, parent, window, q.shape[0])
     groups = k.shape[1]
     per_group = q.shape[1] // groups
     q_, k_, v_, grad_, out_ = (x.to(p.dtype) for x in (q, k, v, grad, out))
     k_, v_ = k_.repeat_interleave(per_group, 1), v_.repeat_interleave(per_group, 1)
-    dp = torch.einsum("nhf,mhf->hnm", grad_, v_)
     delta = (grad_ * out_).sum(-1).T[..., None]
-    ds = p * (dp - delta) * slope * scale
-    dk = torch.einsum("hnm,nhe->mhe", ds, q_).unflatten(1, (groups, per_group)).sum(2)
-    dv = torch.einsum("hnm,nhf->mhf", p, grad_).unflatten(1, (groups, per_group)).sum(2)
-    return torch.einsum("hnm,mhe->nhe", ds, k_).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    ds = torch.where(visible, scale * slope * p * (torch.einsum("nhf,mhf->hnm", grad_, v_) - delta), 0.0)
+    dk = _mix(ds.transpose(1, 2), q_, visible.T).unflatten(1, (groups, per_group)).sum(2)
+    dv = _mix(p.transpose(1, 2), grad_, visible.T).unflatten(1, (groups, per_group)).sum(2)
+    return _mix(ds, k_, visible).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
 def attention_jvp(
@@ -157,14 +166,17 @@ def attention_jvp(
     Cost: 2 (E + F) flops a visible pair and head, 4 K (E + F) more for the tangents.
     """
     p, lse, slope = _attention_weights(q, k, cu_seqlens, parent, scale, window, softcap)
+    visible = _visible(cu_seqlens, parent, window, q.shape[0])
     per_group = q.shape[1] // k.shape[1]
     k_, v_ = (x.to(p.dtype).repeat_interleave(per_group, 1) for x in (k, v))
     dk_, dv_ = (x.to(p.dtype).repeat_interleave(per_group, 2) for x in (dk, dv))
-    out = torch.einsum("hnm,mhf->nhf", p, v_)
-    ds = torch.einsum("jnhe,mhe->jhnm", dq.to(p.dtype), k_) + torch.einsum("nhe,jmhe->jhnm", q.to(p.dtype), dk_)
-    pds = p * ds * slope * scale
-    dout = torch.einsum("jhnm,mhf->jnhf", pds, v_) + torch.einsum("hnm,jmhf->jnhf", p, dv_)
-    dout = dout - pds.sum(-1).transpose(1, 2)[..., None] * out
+    out = _mix(p, v_, visible)
+    rows = []
+    for j in range(dq.shape[0]):
+        ds = torch.einsum("nhe,mhe->hnm", dq[j].to(p.dtype), k_) + torch.einsum("nhe,mhe->hnm", q.to(p.dtype), dk_[j])
+        pds = torch.where(visible, scale * slope * p * ds, 0.0)
+        rows.append(_mix(pds, v_, visible) + _mix(p, dv_[j], visible) - pds.sum(-1).T[..., None] * out)
+    dout = torch.stack(rows) if rows else out.new_zeros(0, *out.shape)
     return out.to(q.dtype), lse.T.contiguous(), dout.to(q.dtype)
 
 

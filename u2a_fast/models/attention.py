@@ -11,16 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from u2a_fast import ops
 from u2a_fast.data.packing import Packed
 from u2a_fast.models import cpu_attention
+from u2a_fast.models.attend import attend, refuse_what_is_not_understood
+from u2a_fast.models.tangents import has_tangent
 
 _NAME = "u2a_fast_packed"
-_UNSUPPORTED = ("s_aux", "sinks", "position_bias", "alibi", "head_mask", "attention_bias", "relative_position")
 
 
 @dataclass(frozen=True)
@@ -102,27 +101,6 @@ def _softcapped(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, m
     return nn.functional.dropout(weights, dropout) @ v
 
 
-def _tokens_first(x: Tensor) -> Tensor:
-    return x[0].transpose(0, 1)
-
-
-def _with_tangents(
-    q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float, window: int, softcap: float
-) -> Tensor | None:
-    """Attention (1, N, H, F) of queries (1, H, N, E), with its tangent; None where there is none to carry."""
-    pairs = [forward_ad.unpack_dual(x) for x in (q, k, v)]
-    q, k, v = (_tokens_first(pair.primal) for pair in pairs)
-    options = (packed.cu_seqlens, packed.parent, scale, window, softcap)
-    if all(pair.tangent is None for pair in pairs):
-        return None if packed.parent is None else ops.attention(q, k, v, *options)[0][None]
-    dq, dk, dv = (
-        torch.zeros_like(x)[None] if pair.tangent is None else _tokens_first(pair.tangent)[None]
-        for x, pair in zip((q, k, v), pairs, strict=True)
-    )
-    out, _, dout = ops.attention_jvp(q, k, v, dq, dk, dv, *options)
-    return forward_ad.make_dual(out[None], dout)
-
-
 def _check_window(module: nn.Module, options: dict[str, Any], longest: int) -> int | None:
     config = getattr(module, "config", None)
     if "sliding_window" in options:
@@ -154,17 +132,14 @@ def packed_attention(
     layout = _layout.get()
     if layout is None:
         raise RuntimeError("[packed attention] called outside of packed_layout")
-    unsupported = [name for name in _UNSUPPORTED if options.get(name) is not None]
-    if unsupported or not getattr(module, "is_causal", True):
-        raise NotImplementedError(
-            f"[packed attention] {type(module).__name__} asks for {unsupported or 'no causality'}"
-        )
+    refuse_what_is_not_understood(module, options)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = _check_window(module, options, layout.longest)
     softcap = options.get("softcap")
-    out = _with_tangents(query, key, value, layout.packed, scale, window or 0, softcap or 0.0)
-    if out is not None:
-        return out, None
+    packed = layout.packed
+    if packed.parent is not None or any(has_tangent(x) for x in (query, key, value)):
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return attend(q, k, v, packed.cu_seqlens, packed.parent, scale, window or 0, softcap or 0.0)[None], None
     q, k, v = (_to_grid(x, layout) for x in (query, key, value))
     if softcap is not None:
         mask = _band(layout.longest, window or layout.longest, q.device)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from u2a_fast.models.kinds import Kind, kind_of
 
-__all__ = ["dual_parameters", "split_dual"]
+__all__ = ["dual_parameters", "has_tangent", "split_dual"]
 
 
 class _Linear(torch.autograd.Function):
@@ -85,3 +85,8 @@ def split_dual(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """A tensor's value and its tangent, None where nothing with a direction led to it."""
     pair = forward_ad.unpack_dual(x)
     return pair.primal, pair.tangent
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether ``x`` carries a tangent."""
+    return forward_ad.unpack_dual(x).tangent is not None
