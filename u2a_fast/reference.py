@@ -100,7 +100,7 @@ def attention(
     """
     p, lse, _ = _attention_weights(q, k, cu_seqlens, parent, scale, window, softcap)
     v = v.to(p.dtype).repeat_interleave(q.shape[1] // v.shape[1], 1)
-    return torch.einsum("hnm,mhf->nhf", p, v).to(q.dtype), lse.T.contiguous()
+    return torch.einsum("hnm,mhf->nhf", p, v).to(q.dtype).contiguous(), lse.T.contiguous()
 
 
 def attention_backward(
@@ -133,7 +133,8 @@ def attention_backward(
     ds = p * (dp - delta) * slope * scale
     dk = torch.einsum("hnm,nhe->mhe", ds, q_).unflatten(1, (groups, per_group)).sum(2)
     dv = torch.einsum("hnm,nhf->mhf", p, grad_).unflatten(1, (groups, per_group)).sum(2)
-    return torch.einsum("hnm,mhe->nhe", ds, k_).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    dq = torch.einsum("hnm,mhe->nhe", ds, k_)
+    return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
 
 
 def attention_jvp(
@@ -165,7 +166,7 @@ def attention_jvp(
     pds = p * ds * slope * scale
     dout = torch.einsum("jhnm,mhf->jnhf", pds, v_) + torch.einsum("hnm,jmhf->jnhf", p, dv_)
     dout = dout - pds.sum(-1).transpose(1, 2)[..., None] * out
-    return out.to(q.dtype), lse.T.contiguous(), dout.to(q.dtype)
+    return out.to(q.dtype).contiguous(), lse.T.contiguous(), dout.to(q.dtype).contiguous()
 
 
 def ghost_dot(a: Tensor, g: Tensor, cu_seqlens: Tensor, v: Tensor) -> Tensor:
