@@ -1,6 +1,6 @@
 #if defined(__x86_64__)
 #include "target.h"
-U2A_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,amx-tile,amx-bf16")
+U2A_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,amx-tile,amx-bf16,avx512bf16")
 #define U2A_VECTOR_BYTES 64
 #include "bf16_pack.h"
 #include "kernel_set.h"
@@ -59,6 +59,14 @@ struct TileEngine {
       for_pair_depths(source.from_row(half * W), count - half * W, k,
                       [&](int64_t q, VecU pairs) { store(panel + (q / W * 2 + half) * kTile + q % W * W, pairs); });
     }
+  }
+
+  // A panel of B from `count` rows of NR sums, one a depth.
+  static const Packed* pack_rows(const float* rows, int64_t count, Packed* panel) {
+    for (int64_t q = 0; q < round_up(count, 2 * W) / 2; ++q)
+      for (int64_t half = 0; half < 2; ++half)
+        store(panel + (q / W * 2 + half) * kTile + q % W * W, rounded_pairs(rows + half * W, NR, q, count));
+    return panel;
   }
 
   static void multiply(const Packed* a, const Packed* b, int64_t k, float* c, int64_t ldc, bool add) {

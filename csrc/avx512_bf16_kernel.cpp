@@ -29,6 +29,13 @@ struct PairEngine {
     }
   }
 
+  // A panel of B from `count` rows of NR sums, one a depth.
+  static const Packed* pack_rows(const float* rows, int64_t count, Packed* panel) {
+    for (int64_t q = 0; q < round_up(count, 2) / 2; ++q)
+      for (int half = 0; half < NR; half += W) store(panel + q * NR + half, rounded_pairs(rows + half, NR, q, count));
+    return panel;
+  }
+
   static void multiply(const Packed* a, const Packed* b, int64_t k, float* c, int64_t ldc, bool add) {
     __m512 sum[MR][2];
 #pragma GCC unroll 12

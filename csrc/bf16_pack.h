@@ -67,5 +67,17 @@ void for_pair_depths(View<BFloat16> source, int64_t count, int64_t k, const Stor
   }
 }
 
+inline VecU rounded(VecF x) {
+  return __builtin_convertvector(bits_as<HalfVecU16>(_mm512_cvtneps_pbh((__m512)x)), VecU);
+}
+
+// Rows 2 q and 2 q + 1 of `count` rows, `stride` apart, rounded and joined to pairs; a row beyond them is zero.
+inline VecU rounded_pairs(const float* rows, int64_t stride, int64_t q, int64_t count) {
+  const float* even = rows + 2 * q * stride;
+  const VecU low = 2 * q < count ? rounded(load(even)) : VecU{};
+  const VecU high = 2 * q + 1 < count ? rounded(load(even + stride)) : VecU{};
+  return low | (high << 16);
+}
+
 }  // namespace
 }  // namespace u2a

@@ -87,6 +87,9 @@ struct VectorEngine {
     pack_panel<NR>(source, count, k, panel);
   }
 
+  // Rows of NR sums, one a depth, are a panel of B as they are.
+  static const Packed* pack_rows(const S* rows, int64_t, Packed*) { return rows; }
+
   // c (MR x NR, rows ldc apart) = or += a b^T
   static void multiply(const Packed* a, const Packed* b, int64_t k, S* c, int64_t ldc, bool add) {
     constexpr int W = kLanes<S>;

@@ -1,6 +1,7 @@
 // The table of one instruction set: every op, instantiated for the set's engines.
 #pragma once
 
+#include "attention.h"
 #include "ghost_dot.h"
 #include "ghost_norm.h"
 #include "linear_logprob.h"
@@ -39,6 +40,9 @@ template <class Set>
 constexpr Kernels kernel_set(const char* name) {
   return {
       name,
+      [](const Attention& op, const Parallel& parallel) {
+        Set::with_types(op.dtype, [&](auto e, auto t) { attention_with<decltype(e), decltype(t)>(op, parallel); });
+      },
       [](const GhostDot& op, const Parallel& parallel) {
         Set::with_types(op.dtype, [&](auto e, auto t) { ghost_dot_with<decltype(e), decltype(t)>(op, parallel); });
       },

@@ -1,6 +1,7 @@
 // The CPU kernels as plain functions on pointers: no torch, no Python. Letters are those of u2a_fast/reference.py:
-// N packed tokens, B examples, K directions, I input and O output features, D hidden features, V vocabulary.
-// Every matrix has contiguous rows; `stride` is the distance between rows in elements.
+// N packed tokens, B examples, K directions, I input and O output features, D hidden features, V vocabulary, H query
+// and G key heads of E features, F features of values. Every matrix has contiguous rows; `stride` is the distance
+// between rows in elements.
 #pragma once
 
 #include <cstddef>
@@ -65,9 +66,30 @@ struct LinearLogprobBackward {
   void *grad_weight, *grad_bias;           // V x D and V in the accumulation dtype, or both null
 };
 
+// Rows of `heads` features for every direction, token and head; each row is contiguous, strides are in elements.
+struct Heads {
+  const void* data;
+  int64_t direction, token, head;
+};
+
+struct Attention {
+  DType dtype;
+  Heads q, k, v;              // N x H rows of E, N x G rows of E, N x G rows of F
+  const int32_t* cu_seqlens;  // B + 1
+  const int32_t* parent;      // B, or null for -1 throughout
+  double scale, softcap;      // softcap 0 for none
+  int64_t window;             // 0 for all keys
+  int64_t n, b, h, g, e, f;
+  Heads dq, dk, dv;  // tangents: K times the rows of q, k, v
+  int64_t k_directions;
+  void *out, *lse;  // N x H x F in the inputs' dtype, N x H in the accumulation dtype
+  void* dout;       // K x N x H x F
+};
+
 // One set of kernels for one instruction set.
 struct Kernels {
   const char* name;
+  void (*attention)(const Attention&, const Parallel&);
   void (*ghost_dot)(const GhostDot&, const Parallel&);
   void (*ghost_norm)(const GhostNorm&, const Parallel&);
   void (*linear_logprob)(const LinearLogprob&, const Parallel&);

@@ -100,6 +100,93 @@ Tensor checked_offsets(const Tensor& cu_seqlens, int64_t n) {
   return offsets;
 }
 
+// A tensor of heads that kernels can read: its rows are contiguous. Copies only if need be.
+Tensor with_rows(const Tensor& x) {
+  const int64_t rank = x.dim();
+  return rank > 0 && x.size(rank - 1) > 1 && x.stride(rank - 1) != 1 ? torch::stable::contiguous(x) : x;
+}
+
+u2a::Heads heads(const Tensor& x) {
+  const int64_t rank = x.dim();
+  return {x.const_data_ptr(), rank == 4 ? x.stride(0) : 0, x.stride(rank - 3), x.stride(rank - 2)};
+}
+
+OptionalTensor checked_parent(const OptionalTensor& parent, int64_t b) {
+  if (!parent) return std::nullopt;
+  STD_TORCH_CHECK(
+      parent->is_cpu() && parent->scalar_type() == ScalarType::Int && parent->dim() == 1 && parent->size(0) == b,
+      "parent: expected int32 of shape (B,) on the CPU");
+  const Tensor parents = torch::stable::contiguous(*parent);
+  const int32_t* p = parents.const_data_ptr<int32_t>();
+  for (int64_t j = 0; j < b; ++j) STD_TORCH_CHECK(p[j] >= -1 && p[j] < j, "parent: expected -1 or an earlier segment");
+  return parents;
+}
+
+// The checked arguments that all attention ops share and the tensors that hold their memory.
+struct AttentionTensors {
+  Tensor q, k, v, offsets;
+  OptionalTensor parent;
+  u2a::Attention attention;
+
+  AttentionTensors(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& cu_seqlens,
+                   const OptionalTensor& parent_in, double scale, int64_t window, double softcap)
+      : q(with_rows(q_in)),
+        k(with_rows(k_in)),
+        v(with_rows(v_in)),
+        offsets(checked_offsets(cu_seqlens, q_in.size(0))),
+        parent(checked_parent(parent_in, cu_seqlens.size(0) - 1)),
+        attention() {
+    STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "q, k, v: expected 3 axes");
+    const int64_t n = q.size(0), h = q.size(1), g = k.size(1), e = q.size(2), f = v.size(2);
+    check_like(q, q, {n, h, e}, "q");
+    check_like(k, q, {n, g, e}, "k");
+    check_like(v, q, {n, g, f}, "v");
+    STD_TORCH_CHECK(g > 0 && h % g == 0 && window >= 0, "expected G to divide H, and a window >= 0");
+    const int32_t* starts = offsets.const_data_ptr<int32_t>();
+    STD_TORCH_CHECK(starts[0] == 0 && starts[offsets.size(0) - 1] == n, "cu_seqlens: expected to run from 0 to N");
+    attention.dtype = dtype_of(q);
+    attention.q = heads(q), attention.k = heads(k), attention.v = heads(v);
+    attention.cu_seqlens = starts;
+    attention.parent = parent ? parent->const_data_ptr<int32_t>() : nullptr;
+    attention.scale = scale, attention.softcap = softcap, attention.window = window;
+    attention.n = n, attention.b = offsets.size(0) - 1, attention.h = h, attention.g = g;
+    attention.e = e, attention.f = f;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> run_attention(AttentionTensors& in, int64_t k) {
+  u2a::Attention& op = in.attention;
+  Tensor out = empty(in.q, {op.n, op.h, op.f}, in.q.scalar_type());
+  Tensor lse = empty(in.q, {op.n, op.h}, accumulation_type(in.q));
+  Tensor dout = empty(in.q, {k, op.n, op.h, op.f}, in.q.scalar_type());
+  op.k_directions = k;
+  op.out = out.mutable_data_ptr(), op.lse = lse.mutable_data_ptr(), op.dout = dout.mutable_data_ptr();
+  u2a::kernels_for(op.dtype).attention(op, torch_threads());
+  return {out, lse, dout};
+}
+
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
+                                     const OptionalTensor& parent, double scale, int64_t window, double softcap) {
+  AttentionTensors in(q, k, v, cu_seqlens, parent, scale, window, softcap);
+  const auto [out, lse, dout] = run_attention(in, 0);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_jvp(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& dq_in,
+                                                 const Tensor& dk_in, const Tensor& dv_in, const Tensor& cu_seqlens,
+                                                 const OptionalTensor& parent, double scale, int64_t window,
+                                                 double softcap) {
+  AttentionTensors in(q, k, v, cu_seqlens, parent, scale, window, softcap);
+  const Tensor dq = with_rows(dq_in), dk = with_rows(dk_in), dv = with_rows(dv_in);
+  const int64_t directions = dq.size(0);
+  u2a::Attention& op = in.attention;
+  check_like(dq, q, {directions, op.n, op.h, op.e}, "dq");
+  check_like(dk, q, {directions, op.n, op.g, op.e}, "dk");
+  check_like(dv, q, {directions, op.n, op.g, op.f}, "dv");
+  op.dq = heads(dq), op.dk = heads(dk), op.dv = heads(dv);
+  return run_attention(in, directions);
+}
+
 Tensor ghost_dot(const Tensor& a_in, const Tensor& g_in, const Tensor& cu_seqlens, const Tensor& v_in) {
   const int64_t n = a_in.size(0), i = a_in.size(1), o = g_in.size(1), k = v_in.size(0), b = cu_seqlens.size(0) - 1;
   check_like(a_in, a_in, {n, i}, "a");
@@ -214,6 +301,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprob_backward(const Tensor& grad_lo
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(u2a_fast, CPU, m) {
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_jvp", TORCH_BOX(&attention_jvp));
   m.impl("ghost_dot", TORCH_BOX(&ghost_dot));
   m.impl("ghost_norm", TORCH_BOX(&ghost_norm));
   m.impl("linear_logprob", TORCH_BOX(&linear_logprob));

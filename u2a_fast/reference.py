@@ -109,7 +109,7 @@ def attention(
     p, lse, _ = _attention_weights(q, k, cu_seqlens, parent, scale, window, softcap)
     visible = _visible(cu_seqlens, parent, window, q.shape[0])
     v = v.to(p.dtype).repeat_interleave(q.shape[1] // v.shape[1], 1)
-    return _mix(p, v, visible).to(q.dtype), lse.T.contiguous()
+    return _mix(p, v, visible).to(q.dtype).contiguous(), lse.T.contiguous()
 
 
 def attention_backward(
@@ -142,7 +142,8 @@ def attention_backward(
     ds = torch.where(visible, scale * slope * p * (torch.einsum("nhf,mhf->hnm", grad_, v_) - delta), 0.0)
     dk = _mix(ds.transpose(1, 2), q_, visible.T).unflatten(1, (groups, per_group)).sum(2)
     dv = _mix(p.transpose(1, 2), grad_, visible.T).unflatten(1, (groups, per_group)).sum(2)
-    return _mix(ds, k_, visible).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    dq = _mix(ds, k_, visible)
+    return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
 
 
 def attention_jvp(
@@ -177,7 +178,7 @@ def attention_jvp(
         pds = torch.where(visible, scale * slope * p * ds, 0.0)
         rows.append(_mix(pds, v_, visible) + _mix(p, dv_[j], visible) - pds.sum(-1).T[..., None] * out)
     dout = torch.stack(rows) if rows else out.new_zeros(0, *out.shape)
-    return out.to(q.dtype), lse.T.contiguous(), dout.to(q.dtype)
+    return out.to(q.dtype).contiguous(), lse.T.contiguous(), dout.to(q.dtype).contiguous()
 
 
 def ghost_dot(a: Tensor, g: Tensor, cu_seqlens: Tensor, v: Tensor) -> Tensor:

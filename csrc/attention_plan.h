@@ -1,0 +1,87 @@
+// The work of attention: blocks of queries of one segment, and shares of about equal cost for the threads.
+#pragma once
+
+#include "engine.h"
+
+namespace u2a {
+namespace {
+
+// Rows of one head as a matrix, from `token` on.
+template <class T>
+View<T> head_rows(const Heads& x, int64_t direction, int64_t token, int64_t head) {
+  const int64_t skipped = x.direction * larger<int64_t>(0, direction) + x.token * token + x.head * head;
+  return {static_cast<const T*>(x.data) + skipped, x.token, 1};
+}
+
+// The first `count` lanes of x, rounded to T.
+template <class S, class T>
+inline void store_rounded(T* to, Vec<S> x, int64_t count) {
+  if constexpr (sizeof(T) == sizeof(S)) {
+    if (count >= kLanes<S>) return store(to, x);
+  }
+  for (int64_t c = 0; c < smaller<int64_t>(kLanes<S>, count); ++c) convert(S(x[c]), to + c);
+}
+
+// Queries `first` to `first + count` of a segment that owns `tokens` rows from `own` on and continues one that owns
+// `before` rows from `base` on.
+struct QueryBlock {
+  int64_t first, count, own, tokens, base, before;
+  bool continues;
+  int64_t cost;  // of all blocks up to this one
+};
+
+class AttentionPlan {
+ public:
+  AttentionPlan(const Attention& op, int64_t width) : count_(0), longest_(0), blocks_(bytes(op, width)) {
+    int64_t cost = 0;
+    for (int64_t j = 0; j < op.b; ++j) {
+      const int64_t own = op.cu_seqlens[j], tokens = op.cu_seqlens[j + 1] - own, root = op.parent ? op.parent[j] : -1;
+      const int64_t base = root < 0 ? 0 : op.cu_seqlens[root], before = root < 0 ? 0 : op.cu_seqlens[root + 1] - base;
+      longest_ = larger(longest_, tokens);
+      for (int64_t t = 0; t < tokens; t += width) {
+        const int64_t count = smaller(width, tokens - t), seen = before + t + count;
+        cost += width + (op.window ? smaller(seen, op.window + count) : seen);
+        blocks_.as<QueryBlock>()[count_++] = {own + t, count, own, tokens, base, before, root >= 0, cost};
+      }
+    }
+  }
+
+  int64_t longest() const { return longest_; }
+
+  // Runs share(blocks) on every thread, where blocks(body) calls body(block, group) for the thread's share of the
+  // blocks of every group, group by group and block after block, so that neighbors find each other's keys packed.
+  template <class Share>
+  void run(const Parallel& parallel, int64_t groups, const Share& share) const {
+    if (count_ == 0) return;
+    const int64_t shares = smaller<int64_t>(parallel.threads, groups * count_);
+    parallel_for(parallel, shares, [&](int64_t begin, int64_t end) {
+      share([&](const auto& body) {
+        const int64_t last = bound(end, shares, groups);
+        for (int64_t task = bound(begin, shares, groups); task < last; ++task)
+          body(blocks_.as<QueryBlock>()[task % count_], task / count_);
+      });
+    });
+  }
+
+ private:
+  static size_t bytes(const Attention& op, int64_t width) {
+    int64_t count = 0;
+    for (int64_t j = 0; j < op.b; ++j) count += ceil_div(op.cu_seqlens[j + 1] - op.cu_seqlens[j], width);
+    return count * sizeof(QueryBlock);
+  }
+
+  // The first task of a share.
+  int64_t bound(int64_t share, int64_t shares, int64_t groups) const {
+    const QueryBlock* blocks = blocks_.as<QueryBlock>();
+    const int64_t whole = blocks[count_ - 1].cost, cost = whole * groups * share / shares;
+    int64_t task = cost / larger<int64_t>(1, whole) * count_;
+    while (task < groups * count_ && task / count_ * whole + blocks[task % count_].cost <= cost) ++task;
+    return task;
+  }
+
+  int64_t count_, longest_;
+  Buffer blocks_;
+};
+
+}  // namespace
+}  // namespace u2a
