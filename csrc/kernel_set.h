@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "elementwise.h"
 #include "ghost_dot.h"
 #include "ghost_norm.h"
 #include "linear_logprob.h"
@@ -49,6 +50,9 @@ constexpr Kernels kernel_set(const char* name) {
       [](const GhostNorm& op, const Parallel& parallel) {
         Set::with_types(op.dtype, [&](auto e, auto t) { ghost_norm_with<decltype(e), decltype(t)>(op, parallel); });
       },
+      [](const GluJvp& op, const Parallel& parallel) {
+        Set::with_types(op.dtype, [&](auto, auto t) { glu_jvp_with<decltype(t)>(op, parallel); });
+      },
       [](const LinearLogprob& op, const Parallel& parallel) {
         Set::with_types(op.head.dtype,
                         [&](auto e, auto t) { linear_logprob_with<decltype(e), decltype(t)>(op, parallel); });
@@ -56,6 +60,12 @@ constexpr Kernels kernel_set(const char* name) {
       [](const LinearLogprobBackward& op, const Parallel& parallel) {
         Set::with_types(op.head.dtype,
                         [&](auto e, auto t) { linear_logprob_backward_with<decltype(e), decltype(t)>(op, parallel); });
+      },
+      [](const RmsNormJvp& op, const Parallel& parallel) {
+        Set::with_types(op.dtype, [&](auto, auto t) { rms_norm_jvp_with<decltype(t)>(op, parallel); });
+      },
+      [](const Rotary& op, const Parallel& parallel) {
+        Set::with_types(op.dtype, [&](auto, auto t) { rotary_with<decltype(t)>(op, parallel); });
       },
   };
 }

@@ -86,14 +86,42 @@ struct Attention {
   void* dout;       // K x N x H x F
 };
 
+struct RmsNormJvp {
+  DType dtype;
+  Matrix x, dx;                // N x D
+  const void *scale, *dscale;  // D in the accumulation dtype; dscale null for zero
+  double eps;
+  int64_t n, d;
+  void *y, *dy;  // N x D
+};
+
+struct GluJvp {
+  DType dtype;
+  Matrix gate, up, dgate, dup;  // N x I
+  bool gelu;                    // tanh-approximated GELU instead of SiLU
+  int64_t n, i;
+  void *y, *dy;  // N x I
+};
+
+struct Rotary {
+  DType dtype;
+  Heads x;              // N x H rows of E
+  Matrix cosine, sine;  // N x E
+  int64_t n, h, e;
+  void* y;  // N x H x E
+};
+
 // One set of kernels for one instruction set.
 struct Kernels {
   const char* name;
   void (*attention)(const Attention&, const Parallel&);
   void (*ghost_dot)(const GhostDot&, const Parallel&);
   void (*ghost_norm)(const GhostNorm&, const Parallel&);
+  void (*glu_jvp)(const GluJvp&, const Parallel&);
   void (*linear_logprob)(const LinearLogprob&, const Parallel&);
   void (*linear_logprob_backward)(const LinearLogprobBackward&, const Parallel&);
+  void (*rms_norm_jvp)(const RmsNormJvp&, const Parallel&);
+  void (*rotary)(const Rotary&, const Parallel&);
 };
 
 extern const Kernels kPortable;  // any CPU, all dtypes

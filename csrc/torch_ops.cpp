@@ -298,6 +298,52 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprob_backward(const Tensor& grad_lo
   return {grad_h, grad_weight, grad_bias};
 }
 
+std::tuple<Tensor, Tensor> glu_jvp(const Tensor& gate_in, const Tensor& up_in, const Tensor& dgate_in,
+                                   const Tensor& dup_in, bool gelu) {
+  const int64_t n = gate_in.size(0), i = gate_in.size(1);
+  for (const auto& [name, x] : {std::pair("gate", &gate_in), {"up", &up_in}, {"dgate", &dgate_in}, {"dup", &dup_in}})
+    check_like(*x, gate_in, {n, i}, name);
+  const Tensor gate = readable(gate_in), up = readable(up_in), dgate = readable(dgate_in), dup = readable(dup_in);
+  Tensor y = empty(gate, {n, i}, gate.scalar_type()), dy = empty(gate, {n, i}, gate.scalar_type());
+  const u2a::DType dtype = dtype_of(gate);
+  u2a::kernels_for(dtype).glu_jvp({dtype, matrix(gate), matrix(up), matrix(dgate), matrix(dup), gelu, n, i,
+                                   y.mutable_data_ptr(), dy.mutable_data_ptr()},
+                                  torch_threads());
+  return {y, dy};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_jvp(const Tensor& x_in, const Tensor& dx_in, const Tensor& scale_in,
+                                        const OptionalTensor& dscale_in, double eps) {
+  const int64_t n = x_in.size(0), d = x_in.size(1);
+  check_like(x_in, x_in, {n, d}, "x");
+  check_like(dx_in, x_in, {n, d}, "dx");
+  const Tensor x = readable(x_in), dx = readable(dx_in), scale = torch::stable::contiguous(scale_in);
+  const OptionalTensor dscale = dense(dscale_in);
+  STD_TORCH_CHECK(scale.scalar_type() == accumulation_type(x), "scale: expected the accumulation dtype");
+  check_like(scale, scale, {d}, "scale");
+  if (dscale) check_like(*dscale, scale, {d}, "dscale");
+  Tensor y = empty(x, {n, d}, x.scalar_type()), dy = empty(x, {n, d}, x.scalar_type());
+  const u2a::DType dtype = dtype_of(x);
+  u2a::kernels_for(dtype).rms_norm_jvp({dtype, matrix(x), matrix(dx), scale.const_data_ptr(), data(dscale), eps, n, d,
+                                        y.mutable_data_ptr(), dy.mutable_data_ptr()},
+                                       torch_threads());
+  return {y, dy};
+}
+
+Tensor rotary(const Tensor& x_in, const Tensor& cosine_in, const Tensor& sine_in) {
+  const int64_t n = x_in.size(0), h = x_in.size(1), e = x_in.size(2);
+  STD_TORCH_CHECK(e % 2 == 0, "x: expected an even number of features");
+  check_like(x_in, x_in, {n, h, e}, "x");
+  check_like(cosine_in, x_in, {n, e}, "cosine");
+  check_like(sine_in, x_in, {n, e}, "sine");
+  const Tensor x = with_rows(x_in), cosine = readable(cosine_in), sine = readable(sine_in);
+  Tensor y = empty(x, {n, h, e}, x.scalar_type());
+  const u2a::DType dtype = dtype_of(x);
+  u2a::kernels_for(dtype).rotary({dtype, heads(x), matrix(cosine), matrix(sine), n, h, e, y.mutable_data_ptr()},
+                                 torch_threads());
+  return y;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(u2a_fast, CPU, m) {
@@ -305,7 +351,10 @@ STABLE_TORCH_LIBRARY_IMPL(u2a_fast, CPU, m) {
   m.impl("attention_jvp", TORCH_BOX(&attention_jvp));
   m.impl("ghost_dot", TORCH_BOX(&ghost_dot));
   m.impl("ghost_norm", TORCH_BOX(&ghost_norm));
+  m.impl("glu_jvp", TORCH_BOX(&glu_jvp));
   m.impl("linear_logprob", TORCH_BOX(&linear_logprob));
   m.impl("linear_logprob_backward", TORCH_BOX(&linear_logprob_backward));
   m.impl("linear_logprob_jvp", TORCH_BOX(&linear_logprob_jvp));
+  m.impl("rms_norm_jvp", TORCH_BOX(&rms_norm_jvp));
+  m.impl("rotary", TORCH_BOX(&rotary));
 }

@@ -16,6 +16,8 @@ These functions are the schema, the shape inference and the fallback of their op
 control flow and accept empty inputs.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,9 +27,12 @@ __all__ = [
     "attention_jvp",
     "ghost_dot",
     "ghost_norm",
+    "glu_jvp",
     "linear_logprob",
     "linear_logprob_backward",
     "linear_logprob_jvp",
+    "rms_norm_jvp",
+    "rotary",
 ]
 
 
@@ -296,3 +301,53 @@ def linear_logprob_jvp(
         rows.append(dz.gather(-1, target[:, None])[:, 0] - (p * dz).sum(-1))
     jvp = torch.stack(rows) if rows else c.new_zeros(0, h.shape[0])
     return c.gather(-1, target[:, None])[:, 0] - lse, lse, jvp
+
+
+def glu_jvp(gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
+    """y = f(gate) * up and its tangent f'(gate) dgate up + f(gate) dup; f is SiLU, or GELU by tanh.
+
+    Shapes: all (N, I) -> (N, I), (N, I) in gate's dtype.
+    Cost: six matrices of N I elements read or written once.
+    """
+    acc = _accumulate_dtype(gate)
+    x, u, dx, du = (tensor.to(acc) for tensor in (gate, up, dgate, dup))
+    if gelu:
+        root = math.sqrt(2 / math.pi)
+        t = torch.tanh(root * (x + 0.044715 * x**3))
+        half = 0.5 * (1 + t)
+        value, slope = x * half, half + 0.5 * x * (1 - t * t) * root * (1 + 3 * 0.044715 * x * x)
+    else:
+        sigmoid = torch.sigmoid(x)
+        value, slope = x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
+    return (value * u).to(gate.dtype), (slope * dx * u + value * du).to(gate.dtype)
+
+
+def rms_norm_jvp(
+    x: Tensor, dx: Tensor, scale: Tensor, dscale: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """y = n * scale with n = x / sqrt(mean(x^2) + eps), and its tangent (dx - n mean(n dx)) / rms * scale + n dscale.
+
+    Shapes: x and dx (N, D), scale and dscale (D) in the accumulation dtype -> (N, D), (N, D) in x's dtype.
+    Cost: four matrices of N D elements read or written once.
+    """
+    acc = _accumulate_dtype(x)
+    wide, dwide = x.to(acc), dx.to(acc)
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    normal = wide * inverse
+    tangent = (dwide * inverse - normal * (normal * dwide).mean(-1, keepdim=True) * inverse) * scale
+    if dscale is not None:
+        tangent = tangent + normal * dscale
+    return (normal * scale).to(x.dtype), tangent.to(x.dtype)
+
+
+def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary position embedding x * cosine + rotate(x) * sine; rotate((a, b)) = (-b, a) for the halves of a head.
+
+    Linear in x, so it is its own tangent.
+    Shapes: x (N, H, E) with E even, cosine and sine (N, E) -> (N, H, E) in x's dtype.
+    Cost: two tensors of N H E elements read or written once.
+    """
+    acc = _accumulate_dtype(x)
+    low, high = x.to(acc).chunk(2, -1)
+    rotated = torch.cat([-high, low], -1)
+    return (x.to(acc) * cosine.to(acc)[:, None] + rotated * sine.to(acc)[:, None]).to(x.dtype).contiguous()
