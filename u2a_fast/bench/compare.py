@@ -5,13 +5,15 @@ quadrature. For 5 rounds with normal errors that is 3 standard errors of the rat
 what disturbs one round of a run tends to disturb them all.
 
 A machine that others use too is slower at everything at times, and a ratio alone cannot tell. Each row therefore holds
-the rates of the machine's ceilings in its own rounds; a change counts only if it is beyond the noise both as measured
-and relative to the ceiling that limits the case.
+yardsticks that took turns with the op: the ceiling that limits the case, the reference, the composition in PyTorch and
+the bare matrix product. Their median change is the machine's; a change of the op counts only if it is beyond the noise
+both as measured and relative to that.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any, Literal
 
 from u2a_fast.bench.rows import Row, bandwidth, key, number, spread
@@ -26,23 +28,23 @@ class Change:
     """One case in both files.
 
     Attributes:
-        machine: where it was measured.
+        place: the machine's name.
         case: its name.
         old: median seconds before.
         new: median seconds now.
         ratio: new over old.
         bound: the least ratio that counts as a change, from noise and threshold.
-        ceiling: how many times as long the case's ceiling takes now; 1.0 where a row does not say.
-        verdict: "machine" is a change that the ceiling shares, so that the case need not be its cause.
+        machine: how many times as long the yardsticks take now; 1.0 where the rows hold none.
+        verdict: "machine" is a change that the yardsticks share, so that the op need not be its cause.
     """
 
-    machine: str
+    place: str
     case: str
     old: float
     new: float
     ratio: float
     bound: float
-    ceiling: float
+    machine: float
     verdict: Verdict
 
 
@@ -105,22 +107,25 @@ def _alone(rows: dict[Any, Row], others: dict[Any, Row], which: str) -> list[tup
 def _change(old: Row, new: Row, threshold: float) -> Change:
     (low, before, high), (new_low, now, new_high) = spread(old), spread(new)
     noise = math.hypot(math.log(high / low), math.log(new_high / new_low))
-    ratio, bound, ceiling = now / before, max(1 + threshold, math.exp(noise)), _ceiling(old, new)
-    return Change(new["machine"], new["case"], before, now, ratio, bound, ceiling, _verdict(ratio, ceiling, bound))
+    ratio, bound, machine = now / before, max(1 + threshold, math.exp(noise)), _machine(old, new)
+    return Change(new["machine"], new["case"], before, now, ratio, bound, machine, _verdict(ratio, machine, bound))
 
 
-def _verdict(ratio: float, ceiling: float, bound: float) -> Verdict:
+def _verdict(ratio: float, machine: float, bound: float) -> Verdict:
     if 1 / bound <= ratio <= bound:
         return "same"
     if ratio > bound:
-        return "slower" if ratio / ceiling > bound else "machine"
-    return "faster" if ratio / ceiling < 1 / bound else "machine"
+        return "slower" if ratio / machine > bound else "machine"
+    return "faster" if ratio / machine < 1 / bound else "machine"
 
 
-def _ceiling(old: Row, new: Row) -> float:
-    """Least time of the case at the machine's rates in the new row over that in the old."""
-    if any(name not in row for row in (old, new) for name in ("flops", "bytes", "gemm_gflops", "copy_gbytes")):
-        return 1.0
-    flops, moved = number(new, "flops"), number(new, "bytes")
-    before, now = (max(flops / number(row, "gemm_gflops"), moved / bandwidth(row)) for row in (old, new))
-    return now / before
+def _machine(old: Row, new: Row) -> float:
+    """Median change of the time of the yardsticks that both rows hold."""
+    changes = []
+    if all(name in row for row in (old, new) for name in ("flops", "bytes", "gemm_gflops", "copy_gbytes")):
+        flops, moved = number(new, "flops"), number(new, "bytes")
+        before, now = (max(flops / number(row, "gemm_gflops"), moved / bandwidth(row)) for row in (old, new))
+        changes.append(now / before)
+    yardsticks, others = (row.get("yardstick_seconds", {}) for row in (old, new))
+    changes += [others[name] / yardsticks[name] for name in others if name in yardsticks]
+    return median(changes) if changes else 1.0

@@ -116,6 +116,7 @@ def _summary(case: Case, samples: dict[str, list[float]], product_flops: int, se
         "of_gemm": flops / seconds["op"] / gemm,
         "of_copy": moved / seconds["op"] / copy,
         "of_limit": max(flops / gemm, moved / max(copy, triad)) / seconds["op"],
+        "yardstick_seconds": {name: float(f"{seconds[name]:.4g}") for name in ("reference", "composition", "product")},
         "vs_reference": ratios(samples["reference"], samples["op"]).to_list(),
         "vs_composition": ratios(samples["composition"], samples["op"]).to_list(),
         "vs_product": ratios(scaled, samples["op"]).to_list(),

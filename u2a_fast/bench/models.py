@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from u2a_fast.models.kinds import Kind, kind_of
 
@@ -44,7 +43,7 @@ def _gpt2(hidden: int, layers: int, heads: int) -> dict[str, Any]:
     return {"model_type": "gpt2", "n_embd": hidden, "n_layer": layers, "n_head": heads}
 
 
-_GEMMA2 = {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}
+_GEMMA2: dict[str, Any] = {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}
 
 # By hub name, from the config.json published there; the tests hold their parameter counts against the published ones.
 MODELS: dict[str, dict[str, Any]] = {
@@ -110,9 +109,7 @@ def model_config(like: str) -> Any:
     if _short(like) not in names:
         close = difflib.get_close_matches(_short(like), names, n=3, cutoff=0.5)
         known = ", ".join(names[name] for name in close) or ", ".join(MODELS)
-        raise ValueError(
-            f"[bench] expected --like as a known model ({known}) or the path of a config.json, got {like!r}"
-        )
+        raise ValueError(f"[bench] expected --like as a known model ({known}) or a path of a config.json, got {like!r}")
     return _config(MODELS[names[_short(like)]], like)
 
 
@@ -135,7 +132,7 @@ def _config(content: dict[str, Any], origin: str) -> Any:
         raise ValueError(f"[bench] expected a config that transformers can read in {origin}, got: {reason}") from None
 
 
-def build(config: Any) -> nn.Module:
+def build(config: Any) -> PreTrainedModel:
     """The causal LM of a config with no memory behind its weights. ValueError where transformers has none for it."""
     config._attn_implementation = "eager"  # whatever the config asks for: nothing is computed
     try:
@@ -152,7 +149,7 @@ def layers(config: Any) -> list[Layer]:
     head = model.get_output_embeddings()
     found = [Layer({"I": i, "O": o}) for i, o in dict.fromkeys(_linear_sizes(model, head))]
     if head is not None:
-        vocabulary, hidden = head.weight.shape
+        vocabulary, hidden = head.get_parameter("weight").shape
         softcap = getattr(config, "final_logit_softcapping", None) or 0.0
         found.append(Layer({"D": hidden, "V": vocabulary}, {"softcap": float(softcap)}))
     heads = getattr(config, "num_attention_heads", None)
@@ -167,6 +164,5 @@ def _linear_sizes(model: nn.Module, head: nn.Module | None) -> Iterator[tuple[in
     for module in model.modules():
         kind = kind_of(module)
         if module is not head and kind in (Kind.LINEAR, Kind.CONV1D):
-            assert isinstance(module, (nn.Linear, Conv1D))
-            rows, columns = module.weight.shape
+            rows, columns = module.get_parameter("weight").shape
             yield (rows, columns) if kind is Kind.CONV1D else (columns, rows)

@@ -1,19 +1,21 @@
 """Roofline plots (Williams, Waterman and Patterson 2009, doi:10.1145/1498765.1498785) of rows, as PNG or SVG.
 
-A point is a case: flops a byte against flops a second. No case can be above its roof, which is the lower of the memory's
-rate times the intensity and the rate of the matrix product, both as the rows themselves measured them (medians). The
-distance to the roof is what a better kernel could gain; left of the ridge only less traffic helps, right of it only
-arithmetic. Bytes are the fewest possible, so a point that caches serve may lie above the slope.
+A point is a case: flops a byte against flops a second. Its roof is the lower of the memory's rate times the intensity
+and the rate of the matrix product, both as the rows themselves measured them (medians). The distance to the roof is
+what a better kernel could gain: left of the ridge by moving fewer bytes, right of it by better arithmetic. Bytes are
+the fewest possible, so a case that caches serve may lie above the slope.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from u2a_fast.bench.rows import Row, bandwidth, number
 from u2a_fast.store.files import write_atomically
@@ -23,7 +25,7 @@ __all__ = ["FORMATS", "Setting", "draw_roofline", "roofline_format"]
 FORMATS = (".png", ".svg")
 _INK, _MUTED, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
 _COLORS = ("#2166ac", "#e08214", "#1b7837", "#b2182b", "#762a83", "#4d4d4d", "#35978f", "#bf812d", "#c51b7d", "#80cdc1")
-_DTYPES = {"float32": ("o", "-"), "bfloat16": ("^", "--"), "float16": ("s", ":"), "float64": ("D", "-.")}
+_DTYPES: dict[str, tuple[str, Any]] = {"float32": ("o", "-"), "bfloat16": ("^", "--"), "float16": ("s", ":")}
 
 Setting = tuple[str, str, int]  # machine, device, CPU threads: what has ceilings of its own
 
@@ -83,9 +85,8 @@ def _panel(axes: Axes, setting: Setting, rows: Sequence[Row], colors: Mapping[st
         style = _DTYPES.get(dtype, ("o", "-"))[1]
         axes.plot([left, ridge, right], [left * memory, peak, peak], color=_INK, linewidth=1.2, linestyle=style)
         axes.annotate(f"{dtype} matrix product {peak:,.0f}", (right, peak), ha="right", va="bottom", fontsize=8)
-    axes.annotate(
-        f"memory {memory:,.3g} GB/s", (left, left * memory), xytext=(4, 10), textcoords="offset points", fontsize=8
-    )
+    label, start = f"memory {memory:,.3g} GB/s", (left, left * memory)
+    axes.annotate(label, start, xytext=(10, 0), textcoords="offset points", va="center", fontsize=8)
     for intensity, rate, row in points:
         marker = _DTYPES.get(row["dtype"], ("o", "-"))[0]
         axes.plot(intensity, rate, marker, color=colors[row["op"]], markersize=6, alpha=0.85, markeredgewidth=0)
@@ -99,7 +100,10 @@ def _dress(axes: Axes, setting: Setting, colors: Mapping[str, str], dtypes: Sequ
     axes.set_title(f"{machine}{where}", loc="left", fontsize=10, fontweight="bold", color=_INK)
     axes.grid(color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=_MUTED, labelsize=8)
+    axes.tick_params(which="both", colors=_MUTED, labelsize=8)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axis.set_minor_formatter(NullFormatter())
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(_MUTED)

@@ -57,10 +57,10 @@ def _times(ratio: float) -> str:
 
 def comparison_table(comparison: Comparison) -> Table:
     """Every case of both files, the slowest change first."""
-    table = _table("case", "old ms", "new ms", "new / old", "counts from", "ceiling", "verdict")
+    table = _table("case", "old ms", "new ms", "new / old", "counts from", "machine", "verdict")
     for change in sorted(comparison.changes, key=lambda change: -change.ratio):
         table.add_row(
             escape(change.case), f"{change.old * 1e3:,.4g}", f"{change.new * 1e3:,.4g}", f"{change.ratio:.3f}",
-            f"{change.bound:.3f}", f"{change.ceiling:.3f}", change.verdict, style=_STYLES[change.verdict],
+            f"{change.bound:.3f}", f"{change.machine:.3f}", change.verdict, style=_STYLES[change.verdict],
         )  # fmt: skip
     return table

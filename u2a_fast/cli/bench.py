@@ -54,7 +54,7 @@ _CASES: o.Group = {
     "shape": (o.option(list[str] | None, "Sizes by letter, e.g. N=4096,I=1024,O=4096,K=1; repeatable."), None),
     "like": (o.option(str | None, "Sizes of a model, e.g. meta-llama/Llama-3.2-1B, or of a config.json."), None),
     "tokens": (
-        o.option(int | None, "N, with --like; default 512 on the CPU, 4096 on a GPU, less if slow.", min=1),
+        o.option(int | None, "N; default 512 on the CPU, 4096 on a GPU, less for a large head.", min=1),
         None,
     ),
     "lengths": (o.option(str | None, "Tokens of every example (default 128), or of each: 64,128,7."), None),
