@@ -124,8 +124,15 @@ def _machine(old: Row, new: Row) -> float:
     changes = []
     if all(name in row for row in (old, new) for name in ("flops", "bytes", "gemm_gflops", "copy_gbytes")):
         flops, moved = number(new, "flops"), number(new, "bytes")
-        before, now = (max(flops / number(row, "gemm_gflops"), moved / bandwidth(row)) for row in (old, new))
-        changes.append(now / before)
-    yardsticks, others = (row.get("yardstick_seconds", {}) for row in (old, new))
-    changes += [others[name] / yardsticks[name] for name in others if name in yardsticks]
+        least = [max(flops / number(row, "gemm_gflops"), moved / bandwidth(row)) for row in (old, new)]
+        changes.append(least[1] / least[0])
+    before, now = (_yardsticks(row) for row in (old, new))
+    changes += [now[name] / before[name] for name in now if name in before]
     return median(changes) if changes else 1.0
+
+
+def _yardsticks(row: Row) -> dict[str, float]:
+    times = row.get("yardstick_seconds", {})
+    if not isinstance(times, dict):
+        raise ValueError(f"[bench] expected yardstick_seconds by name in the row of {row['case']}, got {times!r}")
+    return {name: number({**times, "case": row["case"]}, name) for name in times}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -127,8 +128,8 @@ def _config(content: dict[str, Any], origin: str) -> Any:
     values = {name: value for name, value in content.items() if name != "model_type"}
     try:
         return AutoConfig.for_model(content["model_type"], **values).get_text_config()
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        reason = str(error).partition(" Should contain")[0].strip().splitlines()[0]
+    except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
+        reason = " ".join(str(error).partition(" Should contain")[0].split())
         raise ValueError(f"[bench] expected a config that transformers can read in {origin}, got: {reason}") from None
 
 
@@ -138,7 +139,7 @@ def build(config: Any) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"[bench] expected the config of a causal language model, got: {reason}") from None
 
