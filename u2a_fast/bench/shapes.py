@@ -22,6 +22,7 @@ TOKENS = {"cpu": 512, "cuda": 4096}
 # Tokens that nobody asked for are halved until an op takes no more flops: the gate takes a few times as many in float64
 # on the CPU.
 GATE_FLOPS = {"cpu": 10**11, "cuda": 10**12}
+GATE_PAIRS = 2**26  # the same for the pairs of tokens times heads that the reference of attention holds: 512 MB
 
 
 def letters(op: str) -> tuple[str, ...]:
@@ -36,7 +37,8 @@ def _variants(op: str) -> list[Case]:
     found: dict[Case, Case] = {}
     for case in TIMING_CASES:
         if case.op == op:
-            found.setdefault(replace(case, sizes={}, dtype=torch.float32, lengths=()), case)
+            kind = replace(case, sizes={}, dtype=torch.float32, lengths=(), parent=case.parent and ())
+            found.setdefault(kind, case)
     return list(found.values())
 
 
@@ -128,9 +130,14 @@ def _case(variant: Case, request: Layer, device: str, tokens: int | None, length
     if tokens is not None:
         return _with_tokens(case, tokens, lengths)
     tokens = TOKENS[device]
-    while tokens > EXAMPLE // 4 and cost(_with_tokens(case, tokens, lengths))[0] > GATE_FLOPS[device]:
+    while tokens > EXAMPLE // 4 and _is_slow_to_check(_with_tokens(case, tokens, lengths), device):
         tokens //= 2
     return _with_tokens(case, tokens, lengths)
+
+
+def _is_slow_to_check(case: Case, device: str) -> bool:
+    pairs = case.sizes["N"] ** 2 * case.sizes.get("H", 0)
+    return cost(case)[0] > GATE_FLOPS[device] or pairs > GATE_PAIRS
 
 
 def _with_tokens(case: Case, tokens: int, lengths: tuple[int, ...]) -> Case:
@@ -141,4 +148,6 @@ def _with_tokens(case: Case, tokens: int, lengths: tuple[int, ...]) -> Case:
         each = lengths[0] if lengths else EXAMPLE
         whole, rest = divmod(tokens, each)
         lengths = (each,) * whole + (rest,) * bool(rest)
-    return replace(case, sizes={**sizes, "B": len(lengths)}, lengths=lengths)
+    # A shared beginning stays one: the first segment is it, the others continue it.
+    parent = case.parent and (-1, *(0,) * (len(lengths) - 1))
+    return replace(case, sizes={**sizes, "B": len(lengths)}, lengths=lengths, parent=parent)
