@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import linear, scaled_dot_product_attention
 
+from u2a_fast import reference
 from u2a_fast.testing import TIMING_CASES, Case
 
 __all__ = ["COMPOSITIONS", "bare_product", "timing_cases"]
@@ -39,6 +41,13 @@ def _cuda_cases() -> tuple[Case, ...]:
             cases.append(Case("linear_logprob_backward", sizes, dtype, tangents=("h",)))
             cases.append(Case("linear_logprob_backward", sizes, dtype))
             cases.append(Case("linear_logprob_jvp", {**sizes, "K": 1}, dtype))
+    for heads, groups, e, tokens, examples in ((16, 4, 64, 2048, 1), (8, 2, 128, 512, 4)):
+        sizes = {"N": examples * tokens, "B": examples, "H": heads, "G": groups, "E": e, "F": e}
+        for dtype in DTYPES:
+            segments = (tokens,) * examples
+            cases.append(Case("attention", sizes, dtype, segments))
+            cases.append(Case("attention_backward", sizes, dtype, segments))
+            cases.append(Case("attention_jvp", {**sizes, "K": 1}, dtype, segments))
     return tuple(cases)
 
 
@@ -99,8 +108,44 @@ def _linear_logprob_jvp(
     return outputs[0], tangents[0]
 
 
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    parent: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    assert not softcap, "the timing cases have no cap"
+    visible = reference._visible(cu_seqlens, parent, window, q.shape[0])
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)[0].transpose(0, 1)
+
+
+def _attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **options: Any
+) -> tuple[Tensor, ...]:
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    return torch.autograd.grad(_attention(q, k, v, **options), (q, k, v), grad)
+
+
+def _attention_jvp(
+    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    with sdpa_kernel(SDPBackend.MATH):  # the fused ones have no forward mode
+        out, tangent = torch.func.jvp(lambda q, k, v: _attention(q, k, v, **options), (q, k, v), (dq[0], dk[0], dv[0]))[
+            :2
+        ]
+    return out, tangent
+
+
 # What one would write in plain PyTorch, in the inputs' precision: logits and per-example gradients are materialized.
 COMPOSITIONS: dict[str, Callable[..., Any]] = {
+    "attention": _attention,
+    "attention_backward": _attention_backward,
+    "attention_jvp": _attention_jvp,
     "ghost_dot": _ghost_dot,
     "ghost_norm": _ghost_norm,
     "linear_logprob": _linear_logprob,
@@ -112,6 +157,10 @@ COMPOSITIONS: dict[str, Callable[..., Any]] = {
 def bare_product(case: Case, arguments: Arguments) -> tuple[Callable[[], Tensor], int]:
     """The matrix product at the heart of a case, by PyTorch in the case's dtype, and its flops."""
     s = case.sizes
+    if case.op.startswith("attention"):
+        q, k = arguments["q"].transpose(0, 1), arguments["k"].permute(1, 2, 0)
+        k = k.repeat_interleave(s["H"] // s["G"], 0)
+        return lambda: q @ k, 2 * s["H"] * s["N"] ** 2 * s["E"]
     if case.op == "ghost_dot":
         a, v = arguments["a"], arguments["v"]
         return lambda: a @ v[0].T, 2 * s["N"] * s["I"] * s["O"]
