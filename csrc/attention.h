@@ -12,10 +12,6 @@
 namespace u2a {
 namespace {
 
-// Keys per step: a multiple of every engine's MR and of the 32 depths of a tile of pairs. With NR queries, scores and a
-// tangent fit the level-1 cache.
-constexpr int64_t kKeyBlock = 192, kKeyStep = 96;
-
 // Keys and values of one segment and key head, and their tangents, packed; kept until another is asked for.
 template <class E, class T>
 class PackedKeys {
@@ -50,12 +46,6 @@ class PackedKeys {
   const Attention& op_;
   int64_t key_rows_, value_rows_, first_ = -1, tokens_ = -1, head_ = -1;
   Panels<E> keys_, values_;
-};
-
-// A block's scores: rows from `lo` to `hi` are keys from t on; key row r lies `offset` + r tokens after the first
-// query.
-struct KeyRange {
-  int64_t t, lo, hi, offset;
 };
 
 template <class E, class T>
@@ -107,15 +97,8 @@ class AttentionPass {
     std::memset(mean_.template as<S>(), 0, op_.k_directions * NR * sizeof(S));
   }
 
-  // Takes in the visible ones of keys whose first lies at `position`.
   void attend(const PackedKeys<E, T>& keys, int64_t position, int64_t tokens, const QueryBlock& block) {
-    const int64_t query = block.before + block.first - block.own;
-    const int64_t end = smaller(tokens, query + block.count - position);
-    const int64_t begin = op_.window ? larger<int64_t>(0, query - op_.window + 1 - position) : 0;
-    for (int64_t t = begin / kKeyBlock * kKeyBlock; t < end; t += kKeyBlock) {
-      const int64_t lo = larger<int64_t>(0, begin - t) / kKeyStep * kKeyStep;
-      add_block(keys, {t, lo, smaller(kKeyBlock, end - t), position + t - query});
-    }
+    for_key_ranges(op_, block, position, tokens, [&](const KeyRange& at) { add_block(keys, at); });
   }
 
   S* scores(int64_t j) { return scores_.template as<S>() + j * kScores; }
@@ -132,7 +115,8 @@ class AttentionPass {
       }
     }
     if (op_.softcap != 0) cap(at.hi - at.lo);
-    mask(at);
+    const S hidden = op_.softcap == 0 && op_.scale < 0 ? S(INFINITY) : -S(INFINITY);
+    for (int64_t r = at.lo; r < at.hi; ++r) hide(op_, at.offset + r, scores(0) + (r - at.lo) * NR, NR, hidden);
     exponentiate(at.hi - at.lo);
     for (int64_t j = 1; j <= op_.k_directions; ++j) weigh_tangent(j, at.hi - at.lo);
     add_values(keys, at);
@@ -146,17 +130,6 @@ class AttentionPass {
       const Vec<S> t = tanh_lanes(Vec<S>(load(scores(0) + c) * into));
       store(scores(0) + c, Vec<S>(t * softcap));
       for (int64_t j = 1; j <= op_.k_directions; ++j) store(scores(j) + c, Vec<S>(load(scores(j) + c) * (1 - t * t)));
-    }
-  }
-
-  void mask(const KeyRange& at) {
-    for (int64_t r = at.lo; r < at.hi; ++r) {
-      const int64_t first = at.offset + r;  // the first query that sees the key, and the last
-      const int64_t last = op_.window ? first + op_.window - 1 : NR;
-      if (first <= 0 && last >= NR - 1) continue;
-      S* row = scores(0) + (r - at.lo) * NR;
-      for (int64_t c = 0; c < NR; ++c)
-        row[c] = c < first || c > last ? S(op_.softcap != 0 || op_.scale >= 0 ? -INFINITY : INFINITY) : row[c];
     }
   }
 
@@ -237,22 +210,14 @@ class AttentionPass {
   void write(const QueryBlock& block, int64_t head) {
     S* lse = static_cast<S*>(op_.lse) + block.first * op_.h + head;
     for (int64_t t = 0; t < block.count; ++t) lse[t * op_.h] = max_[t] + std::log(sum_[t]);
-    for (int c = 0; c < NR; c += W) {
-      const Vec<S> inverse = 1 / load(sum_ + c);
-      for (int64_t j = 0; j <= op_.k_directions; ++j) {
-        T* to = static_cast<T*>(j == 0 ? op_.out : op_.dout);
-        to += ((j == 0 ? 0 : (j - 1) * op_.n) + block.first + c) * op_.h * op_.f + head * op_.f;
-        for (int64_t f = 0; f < op_.f; f += W) {
-          Vec<S> square[W];
-          for (int r = 0; r < W; ++r) {
-            square[r] = load(out(j) + (f + r) * NR + c) * inverse;
-            if (j > 0) square[r] -= load(mean(j - 1) + c) * inverse * (load(out(0) + (f + r) * NR + c) * inverse);
-          }
-          transpose(square);
-          for (int64_t t = 0; t < smaller<int64_t>(W, block.count - c); ++t)
-            store_rounded<S>(to + t * op_.h * op_.f + f, square[t], op_.f - f);
-        }
-      }
+    for (int64_t j = 0; j <= op_.k_directions; ++j) {
+      const int64_t row = ((j == 0 ? 0 : (j - 1) * op_.n) + block.first) * op_.h + head;
+      T* to = static_cast<T*>(j == 0 ? op_.out : op_.dout) + row * op_.f;
+      write_transposed<S, NR>(out(j), op_.f, block.count, to, op_.h * op_.f, [&](Vec<S> x, int c, int64_t f) {
+        const Vec<S> inverse = 1 / load(sum_ + c);
+        if (j > 0) x -= load(mean(j - 1) + c) * (load(out(0) + f * NR + c) * inverse);
+        return Vec<S>(x * inverse);
+      });
     }
   }
 
