@@ -114,49 +114,56 @@ class AttentionPass {
         E::multiply(keys.key_panel(j, at.t + r), queries_.at(0), op_.e, scores(j) + row, NR, true);
       }
     }
-    if (op_.softcap != 0) cap(at.hi - at.lo);
-    const S hidden = op_.softcap == 0 && op_.scale < 0 ? S(INFINITY) : -S(INFINITY);
-    for (int64_t r = at.lo; r < at.hi; ++r) hide(op_, at.offset + r, scores(0) + (r - at.lo) * NR, NR, hidden);
+    if (op_.softcap != 0 || op_.scale <= 0) finish_scores(at.hi - at.lo);
+    for (int64_t r = at.lo; r < at.hi; ++r) hide(op_, at.offset + r, scores(0) + (r - at.lo) * NR, NR, -S(INFINITY));
     exponentiate(at.hi - at.lo);
     for (int64_t j = 1; j <= op_.k_directions; ++j) weigh_tangent(j, at.hi - at.lo);
     add_values(keys, at);
     fresh_ = false;
   }
 
-  // Scores become c(scale s), the tangents' c'(scale s) ds.
-  void cap(int64_t rows) {
-    const S into = S(op_.scale / op_.softcap), softcap = S(op_.softcap);
+  // Scores become c(scale s), the tangents' c'(scale s) ds. A scale > 0 alone waits for the exponential.
+  void finish_scores(int64_t rows) {
+    const S scale = S(op_.scale), softcap = S(op_.softcap);
     for (int64_t c = 0; c < rows * NR; c += W) {
-      const Vec<S> t = tanh_lanes(Vec<S>(load(scores(0) + c) * into));
+      const Vec<S> x = load(scores(0) + c) * scale;
+      if (softcap == 0) {
+        store(scores(0) + c, x);
+        continue;
+      }
+      const Vec<S> t = tanh_lanes(Vec<S>(x / softcap));
       store(scores(0) + c, Vec<S>(t * softcap));
       for (int64_t j = 1; j <= op_.k_directions; ++j) store(scores(j) + c, Vec<S>(load(scores(j) + c) * (1 - t * t)));
     }
   }
 
-  // Scores become e^(s - max); all sums so far are rescaled to the new maximum.
+  // Scores become e^(s - max), by powers of 2; all sums so far are rescaled to the new maximum.
   void exponentiate(int64_t rows) {
-    const S factor = op_.softcap != 0 ? S(1) : S(op_.scale);
+    const S factor = S(op_.softcap != 0 || op_.scale <= 0 ? kLog2E : op_.scale * kLog2E);
     Vec<S> high[V], total[V] = {}, shift[V];
-    for (int v = 0; v < V; ++v) high[v] = load(max_ + v * W);
+    for (int v = 0; v < V; ++v) high[v] = splat(-S(INFINITY));
     S* s = scores(0);
     for (int64_t c = 0; c < rows * NR; c += NR) {
       for (int v = 0; v < V; ++v) {
-        const Vec<S> x = load(s + c + v * W) * factor;
+        const Vec<S> x = load(s + c + v * W);
         high[v] = x > high[v] ? x : high[v];
       }
     }
     bool grew = false;
     for (int v = 0; v < V; ++v) {
+      const Vec<S> before = load(max_ + v * W);
+      high[v] = high[v] * factor;
+      high[v] = before > high[v] ? before : high[v];
       // a query that has seen no key yet has no maximum to subtract
       shift[v] = high[v] == -S(INFINITY) ? Vec<S>{} : high[v];
-      const Vec<S> scale = exp_lanes(Vec<S>(load(max_ + v * W) - shift[v]));
+      const Vec<S> scale = exp2_lanes(Vec<S>(before - shift[v]));
       store(rescale_ + v * W, scale);
       for (int lane = 0; lane < W; ++lane) grew = grew || scale[lane] != 1;
       store(max_ + v * W, high[v]);
     }
     for (int64_t c = 0; c < rows * NR; c += NR) {
       for (int v = 0; v < V; ++v) {
-        const Vec<S> x = exp_lanes(Vec<S>(load(s + c + v * W) * factor - shift[v]));
+        const Vec<S> x = exp2_lanes(Vec<S>(load(s + c + v * W) * factor - shift[v]));
         store(s + c + v * W, x);
         total[v] += x;
       }
@@ -209,7 +216,7 @@ class AttentionPass {
 
   void write(const QueryBlock& block, int64_t head) {
     S* lse = static_cast<S*>(op_.lse) + block.first * op_.h + head;
-    for (int64_t t = 0; t < block.count; ++t) lse[t * op_.h] = max_[t] + std::log(sum_[t]);
+    for (int64_t t = 0; t < block.count; ++t) lse[t * op_.h] = S(max_[t] / kLog2E + std::log(double(sum_[t])));
     for (int64_t j = 0; j <= op_.k_directions; ++j) {
       const int64_t row = ((j == 0 ? 0 : (j - 1) * op_.n) + block.first) * op_.h + head;
       T* to = static_cast<T*>(j == 0 ? op_.out : op_.dout) + row * op_.f;
@@ -227,7 +234,7 @@ class AttentionPass {
   Panels<E> queries_;
   Buffer scores_, weights_, out_, mean_;
   bool fresh_ = true;
-  alignas(64) S max_[NR], sum_[NR], rescale_[NR];
+  alignas(64) S max_[NR] /* in powers of 2 */, sum_[NR], rescale_[NR];
 };
 
 template <class E, class T>

@@ -137,7 +137,8 @@ class AttentionBackwardPass {
     const View<T> out = head_rows<T>(op_.out, 0, block.first, head);
     for (int64_t t = 0; t < NR; ++t) {
       // the weights of columns without a query are 0
-      lse_[t] = t < block.count ? static_cast<const S*>(op_.lse)[(block.first + t) * op.h + head] : S(INFINITY);
+      const int64_t row = (block.first + t) * op.h + head;
+      lse_[t] = t < block.count ? S(static_cast<const S*>(op_.lse)[row] * kLog2E) : S(INFINITY);
       delta_[t] = t < block.count ? product(grad.data + t * grad.row, out.data + t * out.row, op.f) : S(0);
     }
   }
@@ -169,20 +170,17 @@ class AttentionBackwardPass {
   // From the scores and dp, p and ds; both are 0 in the rows up to the next whole panel.
   void differentiate(const KeyRange& at, S* p, S* ds) const {
     const Attention& op = op_.attention;
-    const S scale = S(op.scale), into = S(op.softcap != 0 ? op.scale / op.softcap : 0), softcap = S(op.softcap);
+    const S scale = S(op.scale), softcap = S(op.softcap), power = S((softcap != 0 ? softcap : op.scale) * kLog2E);
     const int64_t rows = at.hi - at.lo;
     for (int64_t r = 0; r < rows; ++r) {
       S *s = p + r * NR, *d = ds + r * NR;
       for (int c = 0; c < NR; c += W) {
         Vec<S> x = load(s + c), slope = splat(scale);
         if (softcap != 0) {
-          const Vec<S> t = tanh_lanes(Vec<S>(x * into));
-          x = softcap * t;
-          slope *= 1 - t * t;
-        } else {
-          x *= scale;
+          x = tanh_lanes(Vec<S>(x * scale / softcap));
+          slope *= 1 - x * x;
         }
-        store(s + c, exp_lanes(Vec<S>(x - load(lse_ + c))));
+        store(s + c, exp2_lanes(Vec<S>(x * power - load(lse_ + c))));
         store(d + c, Vec<S>((load(d + c) - load(delta_ + c)) * slope));
       }
       hide(op, at.offset + at.lo + r, s, NR, S(0));
@@ -225,7 +223,7 @@ class AttentionBackwardPass {
   Panels<E> queries_, grads_, query_columns_, grad_columns_;
   Buffer p_, ds_, room_, dq_;
   bool fresh_ = true;
-  alignas(64) S lse_[NR], delta_[NR];
+  alignas(64) S lse_[NR] /* in powers of 2 */, delta_[NR];
 };
 
 template <class E, class T>

@@ -6,6 +6,8 @@
 namespace u2a {
 namespace {
 
+constexpr double kLog2E = 1.44269504088896340736;
+
 // Rows of one head as a matrix, from `token` on.
 template <class T>
 View<T> head_rows(const Heads& x, int64_t direction, int64_t token, int64_t head) {
@@ -16,10 +18,13 @@ View<T> head_rows(const Heads& x, int64_t direction, int64_t token, int64_t head
 // The first `count` lanes of x, rounded to T.
 template <class S, class T>
 inline void store_rounded(T* to, Vec<S> x, int64_t count) {
-  if constexpr (sizeof(T) == sizeof(S)) {
-    if (count >= kLanes<S>) return store(to, x);
+  if (count < kLanes<S>) {
+    for (int64_t c = 0; c < count; ++c) convert(S(x[c]), to + c);
+  } else if constexpr (sizeof(T) == sizeof(S)) {
+    store(to, x);
+  } else {
+    store(to, narrow(x, T{}));
   }
-  for (int64_t c = 0; c < smaller<int64_t>(kLanes<S>, count); ++c) convert(S(x[c]), to + c);
 }
 
 // Writes `count` of NR columns, `features` long, as rows `stride` apart; finish(x, column, row) has the last word on W
