@@ -69,6 +69,15 @@ struct TileEngine {
     return panel;
   }
 
+  // A panel of A from MR rows of NR sums, the depths.
+  static const Packed* pack_a_rows(const float* rows, Packed* panel) {
+    for (int64_t r = 0; r < MR; ++r) store(panel + r * W, rounded_row(rows + r * NR));
+    return panel;
+  }
+  static void multiply_rows(const Packed* a, const Packed* b, int64_t k, float* c, int64_t ldc, bool add) {
+    multiply(a, b, k, c, ldc, add);
+  }
+
   static void multiply(const Packed* a, const Packed* b, int64_t k, float* c, int64_t ldc, bool add) {
     const int64_t row_bytes = ldc * sizeof(float);
     memory_fence();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "attention_backward.h"
 #include "elementwise.h"
 #include "ghost_dot.h"
 #include "ghost_norm.h"
@@ -43,6 +44,10 @@ constexpr Kernels kernel_set(const char* name) {
       name,
       [](const Attention& op, const Parallel& parallel) {
         Set::with_types(op.dtype, [&](auto e, auto t) { attention_with<decltype(e), decltype(t)>(op, parallel); });
+      },
+      [](const AttentionBackward& op, const Parallel& parallel) {
+        Set::with_types(op.attention.dtype,
+                        [&](auto e, auto t) { attention_backward_with<decltype(e), decltype(t)>(op, parallel); });
       },
       [](const GhostDot& op, const Parallel& parallel) {
         Set::with_types(op.dtype, [&](auto e, auto t) { ghost_dot_with<decltype(e), decltype(t)>(op, parallel); });

@@ -111,10 +111,18 @@ struct Rotary {
   void* y;  // N x H x E
 };
 
+struct AttentionBackward {
+  Attention attention;  // of which tangents and results are not used
+  Heads grad, out;      // N x H rows of F
+  const void* lse;      // N x H, in the accumulation dtype
+  void *dq, *dk, *dv;   // N x H x E, N x G x E, N x G x F
+};
+
 // One set of kernels for one instruction set.
 struct Kernels {
   const char* name;
   void (*attention)(const Attention&, const Parallel&);
+  void (*attention_backward)(const AttentionBackward&, const Parallel&);
   void (*ghost_dot)(const GhostDot&, const Parallel&);
   void (*ghost_norm)(const GhostNorm&, const Parallel&);
   void (*glu_jvp)(const GluJvp&, const Parallel&);

@@ -118,7 +118,11 @@ OptionalTensor checked_parent(const OptionalTensor& parent, int64_t b) {
       "parent: expected int32 of shape (B,) on the CPU");
   const Tensor parents = torch::stable::contiguous(*parent);
   const int32_t* p = parents.const_data_ptr<int32_t>();
-  for (int64_t j = 0; j < b; ++j) STD_TORCH_CHECK(p[j] >= -1 && p[j] < j, "parent: expected -1 or an earlier segment");
+  int64_t root = -1;
+  for (int64_t j = 0; j < b; ++j) {
+    if (p[j] == -1) root = j;
+    STD_TORCH_CHECK(p[j] == -1 || (p[j] >= 0 && p[j] == root), "parent: expected -1 or the last segment that has -1");
+  }
   return parents;
 }
 
@@ -170,6 +174,25 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   AttentionTensors in(q, k, v, cu_seqlens, parent, scale, window, softcap);
   const auto [out, lse, dout] = run_attention(in, 0);
   return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_in, const Tensor& q, const Tensor& k,
+                                                      const Tensor& v, const Tensor& out_in, const Tensor& lse_in,
+                                                      const Tensor& cu_seqlens, const OptionalTensor& parent,
+                                                      double scale, int64_t window, double softcap) {
+  const AttentionTensors in(q, k, v, cu_seqlens, parent, scale, window, softcap);
+  const u2a::Attention& op = in.attention;
+  const Tensor grad = with_rows(grad_in), out = with_rows(out_in), lse = torch::stable::contiguous(lse_in);
+  check_like(grad, q, {op.n, op.h, op.f}, "grad");
+  check_like(out, q, {op.n, op.h, op.f}, "out");
+  STD_TORCH_CHECK(lse.scalar_type() == accumulation_type(q), "lse: expected the accumulation dtype");
+  check_like(lse, lse, {op.n, op.h}, "lse");
+  Tensor dq = empty(q, {op.n, op.h, op.e}, q.scalar_type()), dk = empty(q, {op.n, op.g, op.e}, q.scalar_type());
+  Tensor dv = empty(q, {op.n, op.g, op.f}, q.scalar_type());
+  u2a::kernels_for(op.dtype).attention_backward({op, heads(grad), heads(out), lse.const_data_ptr(),
+                                                 dq.mutable_data_ptr(), dk.mutable_data_ptr(), dv.mutable_data_ptr()},
+                                                torch_threads());
+  return {dq, dk, dv};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_jvp(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& dq_in,
@@ -348,6 +371,7 @@ Tensor rotary(const Tensor& x_in, const Tensor& cosine_in, const Tensor& sine_in
 
 STABLE_TORCH_LIBRARY_IMPL(u2a_fast, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("attention_jvp", TORCH_BOX(&attention_jvp));
   m.impl("ghost_dot", TORCH_BOX(&ghost_dot));
   m.impl("ghost_norm", TORCH_BOX(&ghost_norm));
