@@ -5,7 +5,9 @@
 #include "attention_backward.h"
 #include "elementwise.h"
 #include "ghost_dot.h"
+#include "ghost_dot_lowrank.h"
 #include "ghost_norm.h"
+#include "grad_project.h"
 #include "linear_logprob.h"
 #include "linear_logprob_backward.h"
 
@@ -52,11 +54,18 @@ constexpr Kernels kernel_set(const char* name) {
       [](const GhostDot& op, const Parallel& parallel) {
         Set::with_types(op.dtype, [&](auto e, auto t) { ghost_dot_with<decltype(e), decltype(t)>(op, parallel); });
       },
+      [](const GhostDotLowRank& op, const Parallel& parallel) {
+        Set::with_types(op.dtype,
+                        [&](auto e, auto t) { ghost_dot_lowrank_with<decltype(e), decltype(t)>(op, parallel); });
+      },
       [](const GhostNorm& op, const Parallel& parallel) {
         Set::with_types(op.dtype, [&](auto e, auto t) { ghost_norm_with<decltype(e), decltype(t)>(op, parallel); });
       },
       [](const GluJvp& op, const Parallel& parallel) {
         Set::with_types(op.dtype, [&](auto, auto t) { glu_jvp_with<decltype(t)>(op, parallel); });
+      },
+      [](const GradProject& op, const Parallel& parallel) {
+        Set::with_types(op.dtype, [&](auto e, auto t) { grad_project_with<decltype(e), decltype(t)>(op, parallel); });
       },
       [](const LinearLogprob& op, const Parallel& parallel) {
         Set::with_types(op.head.dtype,

@@ -1,7 +1,7 @@
 // The CPU kernels as plain functions on pointers: no torch, no Python. Letters are those of u2a_fast/reference.py:
-// N packed tokens, B examples, K directions, I input and O output features, D hidden features, V vocabulary, H query
-// and G key heads of E features, F features of values. Every matrix has contiguous rows; `stride` is the distance
-// between rows in elements.
+// N packed tokens, B examples, K directions of rank R, I input and O output features, P and Q of them when projected,
+// D hidden features, V vocabulary, H query and G key heads of E features, F features of values. Every matrix has
+// contiguous rows; `stride` is the distance between rows in elements.
 #pragma once
 
 #include <cstddef>
@@ -32,12 +32,30 @@ struct GhostDot {
   void* out;  // K x B
 };
 
+struct GhostDotLowRank {
+  DType dtype;
+  Matrix a, g;                // N x I, N x O
+  const int32_t* cu_seqlens;  // B + 1
+  Matrix left, right;         // K x O and K x I rows of R
+  int64_t n, b, k, i, o, r;
+  void* out;  // K x B
+};
+
 struct GhostNorm {
   DType dtype;
   Matrix a, g;                // N x I, N x O
   const int32_t* cu_seqlens;  // B + 1
   int64_t n, b, i, o;
   void* out;  // B
+};
+
+struct GradProject {
+  DType dtype;
+  Matrix a, g;                // N x I, N x O
+  const int32_t* cu_seqlens;  // B + 1
+  Matrix p_in, p_out;         // I x P, O x Q
+  int64_t n, b, i, o, p, q;
+  void* out;  // B x Q rows of P
 };
 
 // A linear head: logits c(h W^T + bias) with c(z) = softcap tanh(z / softcap), or c(z) = z where softcap is 0.
@@ -124,8 +142,10 @@ struct Kernels {
   void (*attention)(const Attention&, const Parallel&);
   void (*attention_backward)(const AttentionBackward&, const Parallel&);
   void (*ghost_dot)(const GhostDot&, const Parallel&);
+  void (*ghost_dot_lowrank)(const GhostDotLowRank&, const Parallel&);
   void (*ghost_norm)(const GhostNorm&, const Parallel&);
   void (*glu_jvp)(const GluJvp&, const Parallel&);
+  void (*grad_project)(const GradProject&, const Parallel&);
   void (*linear_logprob)(const LinearLogprob&, const Parallel&);
   void (*linear_logprob_backward)(const LinearLogprobBackward&, const Parallel&);
   void (*rms_norm_jvp)(const RmsNormJvp&, const Parallel&);

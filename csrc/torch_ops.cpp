@@ -224,6 +224,24 @@ Tensor ghost_dot(const Tensor& a_in, const Tensor& g_in, const Tensor& cu_seqlen
   return out;
 }
 
+Tensor ghost_dot_lowrank(const Tensor& a_in, const Tensor& g_in, const Tensor& cu_seqlens, const Tensor& left_in,
+                         const Tensor& right_in) {
+  const int64_t n = a_in.size(0), i = a_in.size(1), o = g_in.size(1), b = cu_seqlens.size(0) - 1;
+  const int64_t k = left_in.size(0), r = left_in.size(2);
+  check_like(a_in, a_in, {n, i}, "a");
+  check_like(g_in, a_in, {n, o}, "g");
+  check_like(left_in, a_in, {k, o, r}, "left");
+  check_like(right_in, a_in, {k, i, r}, "right");
+  const Tensor a = readable(a_in), g = readable(g_in), left = readable(left_in), right = readable(right_in);
+  const Tensor offsets = checked_offsets(cu_seqlens, n);
+  Tensor out = empty(a, {k, b}, accumulation_type(a));
+  const u2a::DType dtype = dtype_of(a);
+  u2a::kernels_for(dtype).ghost_dot_lowrank({dtype, matrix(a), matrix(g), offsets.const_data_ptr<int32_t>(),
+                                             matrix(left), matrix(right), n, b, k, i, o, r, out.mutable_data_ptr()},
+                                            torch_threads());
+  return out;
+}
+
 Tensor ghost_norm(const Tensor& a_in, const Tensor& g_in, const Tensor& cu_seqlens) {
   const int64_t n = a_in.size(0), i = a_in.size(1), o = g_in.size(1), b = cu_seqlens.size(0) - 1;
   check_like(a_in, a_in, {n, i}, "a");
@@ -234,6 +252,24 @@ Tensor ghost_norm(const Tensor& a_in, const Tensor& g_in, const Tensor& cu_seqle
   u2a::kernels_for(dtype).ghost_norm(
       {dtype, matrix(a), matrix(g), offsets.const_data_ptr<int32_t>(), n, b, i, o, out.mutable_data_ptr()},
       torch_threads());
+  return out;
+}
+
+Tensor grad_project(const Tensor& a_in, const Tensor& g_in, const Tensor& cu_seqlens, const Tensor& p_in_in,
+                    const Tensor& p_out_in) {
+  const int64_t n = a_in.size(0), i = a_in.size(1), o = g_in.size(1), b = cu_seqlens.size(0) - 1;
+  const int64_t p = p_in_in.size(1), q = p_out_in.size(1);
+  check_like(a_in, a_in, {n, i}, "a");
+  check_like(g_in, a_in, {n, o}, "g");
+  check_like(p_in_in, a_in, {i, p}, "p_in");
+  check_like(p_out_in, a_in, {o, q}, "p_out");
+  const Tensor a = readable(a_in), g = readable(g_in), p_in = readable(p_in_in), p_out = readable(p_out_in);
+  const Tensor offsets = checked_offsets(cu_seqlens, n);
+  Tensor out = empty(a, {b, q, p}, accumulation_type(a));
+  const u2a::DType dtype = dtype_of(a);
+  u2a::kernels_for(dtype).grad_project({dtype, matrix(a), matrix(g), offsets.const_data_ptr<int32_t>(), matrix(p_in),
+                                        matrix(p_out), n, b, i, o, p, q, out.mutable_data_ptr()},
+                                       torch_threads());
   return out;
 }
 
@@ -374,8 +410,10 @@ STABLE_TORCH_LIBRARY_IMPL(u2a_fast, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("attention_jvp", TORCH_BOX(&attention_jvp));
   m.impl("ghost_dot", TORCH_BOX(&ghost_dot));
+  m.impl("ghost_dot_lowrank", TORCH_BOX(&ghost_dot_lowrank));
   m.impl("ghost_norm", TORCH_BOX(&ghost_norm));
   m.impl("glu_jvp", TORCH_BOX(&glu_jvp));
+  m.impl("grad_project", TORCH_BOX(&grad_project));
   m.impl("linear_logprob", TORCH_BOX(&linear_logprob));
   m.impl("linear_logprob_backward", TORCH_BOX(&linear_logprob_backward));
   m.impl("linear_logprob_jvp", TORCH_BOX(&linear_logprob_jvp));

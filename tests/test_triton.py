@@ -57,7 +57,7 @@ def run(device: str) -> Run:
 
 def _case(op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> testing.Case:
     options: dict[str, Any] = {"bias": True, "softcap": 5.0} if op.startswith("linear") else {}
-    if op.startswith("ghost"):
+    if not op.startswith("linear"):
         options["lengths"] = (3, 0, 20, sizes["N"] - 23)
         sizes["B"] = 4
     return testing.Case(op, sizes, dtype, **options)
@@ -65,7 +65,9 @@ def _case(op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> testing.
 
 SMALL = {
     "ghost_dot": _case("ghost_dot", N=40, I=20, O=36, K=2),
+    "ghost_dot_lowrank": _case("ghost_dot_lowrank", N=40, I=20, O=36, K=2, R=19),
     "ghost_norm": _case("ghost_norm", N=40, I=20, O=36),
+    "grad_project": _case("grad_project", N=40, I=20, O=36, P=17, Q=5),
     "linear_logprob": _case("linear_logprob", N=35, D=20, V=150),
     "linear_logprob_backward": _case("linear_logprob_backward", N=35, D=20, V=150),
     "linear_logprob_jvp": _case("linear_logprob_jvp", N=35, D=20, V=150, K=2),

@@ -28,7 +28,16 @@ pytest.importorskip("triton", reason="Triton is not installed")
 SHARED_MEMORY = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 FAMILIES = tuple(SHARED_MEMORY)
 MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
-MODULES = ("_tile", "ghost_dot", "ghost_norm", "linear_logprob", "linear_logprob_backward", "linear_logprob_jvp")
+MODULES = (
+    "_tile",
+    "ghost_dot",
+    "ghost_dot_lowrank",
+    "ghost_norm",
+    "grad_project",
+    "linear_logprob",
+    "linear_logprob_backward",
+    "linear_logprob_jvp",
+)
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -72,6 +81,10 @@ def _call_ghost(modules: dict[str, Any], dtype: torch.dtype, n: int) -> None:
     a, g, v = (torch.zeros(shape, dtype=dtype) for shape in ((n, i), (n, o), (3, o, i)))
     one, many = torch.tensor([0, n], dtype=torch.int32), torch.tensor([0, *(n,) * n], dtype=torch.int32)
     modules["ghost_dot"].ghost_dot(a, g, one, v)
+    for rank, k in ((16, 1), (16, 3), (64, 3)):
+        left, right = torch.zeros(k, o, rank, dtype=dtype), torch.zeros(k, i, rank, dtype=dtype)
+        modules["ghost_dot_lowrank"].ghost_dot_lowrank(a, g, one, left, right)
+        modules["grad_project"].grad_project(a, g, one, right[0], left[0])
     # One long example takes the tile form of the norm, many short ones the Gram form.
     modules["ghost_norm"].ghost_norm(a, g, one)
     modules["ghost_norm"].ghost_norm(a, g, many)
@@ -168,7 +181,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_configuration_is_launched(family: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
     assert [r["unused"] for r in compiled[family] if "unused" in r] == []
-    assert len({r["kernel"] for r in compiled[family] if "kernel" in r}) == 10
+    assert len({r["kernel"] for r in compiled[family] if "kernel" in r}) == 13
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -19,8 +19,10 @@ __all__ = [
     "attention_backward",
     "attention_jvp",
     "ghost_dot",
+    "ghost_dot_lowrank",
     "ghost_norm",
     "glu_jvp",
+    "grad_project",
     "linear_logprob",
     "linear_logprob_backward",
     "linear_logprob_jvp",
@@ -205,6 +207,37 @@ def ghost_dot(a: Tensor, g: Tensor, cu_seqlens: Tensor, v: Tensor) -> Tensor:
     return torch.ops.u2a_fast.ghost_dot(a, g, cu_seqlens, v)
 
 
+def ghost_dot_lowrank(a: Tensor, g: Tensor, cu_seqlens: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Inner products <L_k R_k^T, G_i> of K directions of rank R with the weight gradients of B examples.
+
+    <L R^T, sum_{t in i} g_t a_t^T> = sum_{t in i} (L^T g_t) . (R^T a_t): neither the directions nor the gradients are
+    formed. Cost: 2 K N R (I + O) flops, against 2 K N I O of :func:`ghost_dot`. Not differentiable.
+
+    Args:
+        a: layer inputs of all examples' tokens, (N, I).
+        g: gradients at the layer's outputs, (N, O).
+        cu_seqlens: example i owns rows cu_seqlens[i] to cu_seqlens[i + 1], (B + 1) int32; empty examples are allowed.
+        left: factors on the output side, (K, O, R).
+        right: factors on the input side, (K, I, R).
+
+    Returns:
+        (K, B); float32, or float64 for float64 arguments. An empty example gives 0.
+
+    Raises:
+        ValueError: a shape, a device or a value of ``cu_seqlens`` does not fit.
+        TypeError: a dtype does not fit.
+    """
+    op = "ghost_dot_lowrank"
+    shapes = Shapes(op)
+    shapes.bind("a", a, "N I")
+    shapes.bind("g", g, "N O")
+    check_cu_seqlens(shapes, cu_seqlens, "a")
+    shapes.bind("left", left, "K O R")
+    shapes.bind("right", right, "K I R")
+    check_dtypes(op, [("a", a), ("g", g), ("left", left), ("right", right)])
+    return torch.ops.u2a_fast.ghost_dot_lowrank(a, g, cu_seqlens, left, right)
+
+
 def ghost_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Squared Frobenius norms of the weight gradients of B examples, none of which is stored.
 
@@ -229,6 +262,37 @@ def ghost_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
     check_cu_seqlens(shapes, cu_seqlens, "a")
     check_dtypes("ghost_norm", [("a", a), ("g", g)])
     return torch.ops.u2a_fast.ghost_norm(a, g, cu_seqlens)
+
+
+def grad_project(a: Tensor, g: Tensor, cu_seqlens: Tensor, p_in: Tensor, p_out: Tensor) -> Tensor:
+    """Weight gradients of B examples projected on both sides, P_out^T G_i P_in, without a gradient in memory.
+
+    P_out^T (sum_{t in i} g_t a_t^T) P_in = sum_{t in i} (P_out^T g_t) (P_in^T a_t)^T, the projection of LoGra (Choe et
+    al. 2024, arXiv:2405.13954). Cost: 2 N (I P + O Q + P Q) flops. Not differentiable.
+
+    Args:
+        a: layer inputs of all examples' tokens, (N, I).
+        g: gradients at the layer's outputs, (N, O).
+        cu_seqlens: example i owns rows cu_seqlens[i] to cu_seqlens[i + 1], (B + 1) int32; empty examples are allowed.
+        p_in: projection of the inputs, (I, P).
+        p_out: projection of the outputs, (O, Q).
+
+    Returns:
+        (B, Q, P); float32, or float64 for float64 arguments. An empty example gives 0.
+
+    Raises:
+        ValueError: a shape, a device or a value of ``cu_seqlens`` does not fit.
+        TypeError: a dtype does not fit.
+    """
+    op = "grad_project"
+    shapes = Shapes(op)
+    shapes.bind("a", a, "N I")
+    shapes.bind("g", g, "N O")
+    check_cu_seqlens(shapes, cu_seqlens, "a")
+    shapes.bind("p_in", p_in, "I P")
+    shapes.bind("p_out", p_out, "O Q")
+    check_dtypes(op, [("a", a), ("g", g), ("p_in", p_in), ("p_out", p_out)])
+    return torch.ops.u2a_fast.grad_project(a, g, cu_seqlens, p_in, p_out)
 
 
 def _bind_head(shapes: Shapes, h: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, softcap: float) -> None:

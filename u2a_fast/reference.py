@@ -5,6 +5,7 @@ Letters, used alike in every signature and kernel of the project:
     N  packed tokens            B  examples               K  directions
     I  input features           O  output features        D  hidden features      V  vocabulary
     H  query heads              G  key heads, G | H       E  head features        F  value features
+    P  projected inputs         Q  projected outputs      R  rank of a direction
 
 Tokens of all examples lie one after the other; example ``i`` owns rows ``cu_seqlens[i]`` to
 ``cu_seqlens[i + 1]`` (``cu_seqlens`` is int32, length B + 1, starts at 0 and ends at N). A linear layer
@@ -26,8 +27,10 @@ __all__ = [
     "attention_backward",
     "attention_jvp",
     "ghost_dot",
+    "ghost_dot_lowrank",
     "ghost_norm",
     "glu_jvp",
+    "grad_project",
     "linear_logprob",
     "linear_logprob_backward",
     "linear_logprob_jvp",
@@ -198,6 +201,17 @@ def ghost_dot(a: Tensor, g: Tensor, cu_seqlens: Tensor, v: Tensor) -> Tensor:
     return _segment_sum(rows, cu_seqlens)
 
 
+def ghost_dot_lowrank(a: Tensor, g: Tensor, cu_seqlens: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """<L_k R_k^T, G_i> = sum_{t in i} (L_k^T g_t) . (R_k^T a_t) for every direction k of rank R and example i.
+
+    Shapes: a (N, I), g (N, O), cu_seqlens (B + 1), left (K, O, R), right (K, I, R) -> (K, B).
+    Cost: 2 K N R (I + O) flops; a, g, left and right read once.
+    """
+    acc = _accumulate_dtype(a)
+    rows = ((a.to(acc) @ right.to(acc)) * (g.to(acc) @ left.to(acc))).sum(-1)
+    return _segment_sum(rows, cu_seqlens)
+
+
 def ghost_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
     """||G_i||^2 (Frobenius) for every example i.
 
@@ -211,6 +225,19 @@ def ghost_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
     # a product with the mask would carry one example's NaN into every other
     rows = torch.where(same_example, (a @ a.T) * (g @ g.T), 0.0).sum(-1)
     return _segment_sum(rows, cu_seqlens)
+
+
+def grad_project(a: Tensor, g: Tensor, cu_seqlens: Tensor, p_in: Tensor, p_out: Tensor) -> Tensor:
+    """P_out^T G_i P_in = sum_{t in i} (P_out^T g_t) (P_in^T a_t)^T for every example i.
+
+    Shapes: a (N, I), g (N, O), cu_seqlens (B + 1), p_in (I, P), p_out (O, Q) -> (B, Q, P).
+    Cost: 2 N (I P + O Q + P Q) flops; a, g, p_in and p_out read once.
+    """
+    acc = _accumulate_dtype(a)
+    x, y = a.to(acc) @ p_in.to(acc), g.to(acc) @ p_out.to(acc)
+    # one projected output at a time, or every token's outer product would be in memory
+    slices = [_segment_sum((x * y[:, q : q + 1]).T, cu_seqlens).T for q in range(y.shape[1])]
+    return torch.stack(slices, 1) if slices else x.new_zeros(cu_seqlens.shape[0] - 1, 0, x.shape[1])
 
 
 def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, softcap: float) -> tuple[Tensor, Tensor]:

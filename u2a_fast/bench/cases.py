@@ -34,6 +34,9 @@ def _cuda_cases() -> tuple[Case, ...]:
         for dtype in DTYPES:
             cases.append(Case("ghost_dot", {**sizes, "K": 1}, dtype, lengths))
             cases.append(Case("ghost_norm", sizes, dtype, lengths))
+            for r in (16, 64):
+                cases.append(Case("ghost_dot_lowrank", {**sizes, "K": 1, "R": r}, dtype, lengths))
+                cases.append(Case("grad_project", {**sizes, "P": r, "Q": r}, dtype, lengths))
     for n, d, v in ((2048, 1024, 32000), (1024, 1024, 128256)):
         sizes = {"N": n, "D": d, "V": v}
         for dtype in DTYPES:
@@ -51,16 +54,28 @@ def _cuda_cases() -> tuple[Case, ...]:
     return tuple(cases)
 
 
+def _segment_sum(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
+    ids = torch.repeat_interleave(cu_seqlens.diff(), output_size=rows.shape[1])
+    return rows.new_zeros(rows.shape[0], len(cu_seqlens) - 1).index_add_(1, ids, rows)
+
+
 def _ghost_dot(a: Tensor, g: Tensor, cu_seqlens: Tensor, v: Tensor) -> Tensor:
-    rows = torch.stack([((a @ v_k.T) * g).sum(-1, dtype=torch.float32) for v_k in v])
-    ids = torch.repeat_interleave(cu_seqlens.diff(), output_size=a.shape[0])
-    return rows.new_zeros(v.shape[0], len(cu_seqlens) - 1).index_add_(1, ids, rows)
+    return _segment_sum(torch.stack([((a @ v_k.T) * g).sum(-1, dtype=torch.float32) for v_k in v]), cu_seqlens)
+
+
+def _ghost_dot_lowrank(a: Tensor, g: Tensor, cu_seqlens: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return _segment_sum(((a @ right) * (g @ left)).sum(-1, dtype=torch.float32), cu_seqlens)
 
 
 def _ghost_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
     bounds = cu_seqlens.tolist()
     gradients = (g[i:j].T @ a[i:j] for i, j in zip(bounds[:-1], bounds[1:], strict=True))
     return torch.stack([gradient.float().square().sum() for gradient in gradients])
+
+
+def _grad_project(a: Tensor, g: Tensor, cu_seqlens: Tensor, p_in: Tensor, p_out: Tensor) -> Tensor:
+    bounds, x, y = cu_seqlens.tolist(), a @ p_in, g @ p_out
+    return torch.stack([y[i:j].T @ x[i:j] for i, j in zip(bounds[:-1], bounds[1:], strict=True)])
 
 
 def _linear_logprob(
@@ -147,15 +162,17 @@ COMPOSITIONS: dict[str, Callable[..., Any]] = {
     "attention_backward": _attention_backward,
     "attention_jvp": _attention_jvp,
     "ghost_dot": _ghost_dot,
+    "ghost_dot_lowrank": _ghost_dot_lowrank,
     "ghost_norm": _ghost_norm,
+    "grad_project": _grad_project,
     "linear_logprob": _linear_logprob,
     "linear_logprob_backward": _linear_logprob_backward,
     "linear_logprob_jvp": _linear_logprob_jvp,
 }
 
 
-def bare_product(case: Case, arguments: Arguments) -> tuple[Callable[[], Tensor], int]:
-    """The matrix product at the heart of a case, by PyTorch in the case's dtype, and its flops."""
+def bare_product(case: Case, arguments: Arguments) -> tuple[Callable[[], object], int]:
+    """The matrix product (or two) at the heart of a case, by PyTorch in the case's dtype, and its flops."""
     s = case.sizes
     if case.op.startswith("attention"):
         q, k = arguments["q"].transpose(0, 1), arguments["k"].permute(1, 2, 0)
@@ -167,5 +184,9 @@ def bare_product(case: Case, arguments: Arguments) -> tuple[Callable[[], Tensor]
     if case.op == "ghost_norm":
         a, g = arguments["a"], arguments["g"]
         return lambda: g.T @ a, 2 * s["N"] * s["I"] * s["O"]
+    if case.op in ("ghost_dot_lowrank", "grad_project"):
+        a, g, _, x, y = arguments.values()
+        left, right = (x[0], y[0]) if case.op == "ghost_dot_lowrank" else (y, x)
+        return lambda: (a @ right, g @ left), 2 * s["N"] * (s["I"] * right.shape[1] + s["O"] * left.shape[1])
     h, weight = arguments["h"], arguments["weight"]
     return lambda: h @ weight.T, 2 * s["N"] * s["D"] * s["V"]
