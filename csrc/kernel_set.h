@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "ghost_dot.h"
 #include "ghost_norm.h"
+#include "grad_sketch.h"
 #include "linear_logprob.h"
 #include "linear_logprob_backward.h"
 
@@ -48,6 +49,9 @@ constexpr Kernels kernel_set(const char* name) {
       },
       [](const GhostNorm& op, const Parallel& parallel) {
         Set::with_types(op.dtype, [&](auto e, auto t) { ghost_norm_with<decltype(e), decltype(t)>(op, parallel); });
+      },
+      [](const GradSketch& op, const Parallel& parallel) {
+        Set::with_types(op.dtype, [&](auto e, auto t) { grad_sketch_with<decltype(e), decltype(t)>(op, parallel); });
       },
       [](const LinearLogprob& op, const Parallel& parallel) {
         Set::with_types(op.head.dtype,

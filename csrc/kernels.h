@@ -40,6 +40,16 @@ struct GhostNorm {
   void* out;  // B
 };
 
+// A sketch of M = dim entries, drawn from `seed`.
+struct GradSketch {
+  DType dtype;
+  Matrix a, g;                // N x I, N x O
+  const int32_t* cu_seqlens;  // B + 1
+  int64_t n, b, i, o, dim;
+  uint64_t seed;
+  void* out;  // B x dim
+};
+
 // A linear head: logits c(h W^T + bias) with c(z) = softcap tanh(z / softcap), or c(z) = z where softcap is 0.
 struct Head {
   DType dtype;
@@ -92,6 +102,7 @@ struct Kernels {
   void (*attention)(const Attention&, const Parallel&);
   void (*ghost_dot)(const GhostDot&, const Parallel&);
   void (*ghost_norm)(const GhostNorm&, const Parallel&);
+  void (*grad_sketch)(const GradSketch&, const Parallel&);
   void (*linear_logprob)(const LinearLogprob&, const Parallel&);
   void (*linear_logprob_backward)(const LinearLogprobBackward&, const Parallel&);
 };

@@ -214,6 +214,20 @@ Tensor ghost_norm(const Tensor& a_in, const Tensor& g_in, const Tensor& cu_seqle
   return out;
 }
 
+Tensor grad_sketch(const Tensor& a_in, const Tensor& g_in, const Tensor& cu_seqlens, int64_t dim, int64_t seed) {
+  const int64_t n = a_in.size(0), i = a_in.size(1), o = g_in.size(1), b = cu_seqlens.size(0) - 1;
+  check_like(a_in, a_in, {n, i}, "a");
+  check_like(g_in, a_in, {n, o}, "g");
+  STD_TORCH_CHECK(dim >= 32 && dim <= 8192, "dim: expected 32 to 8192");
+  const Tensor a = readable(a_in), g = readable(g_in), offsets = checked_offsets(cu_seqlens, n);
+  Tensor out = empty(a, {b, dim}, accumulation_type(a));
+  const u2a::DType dtype = dtype_of(a);
+  u2a::kernels_for(dtype).grad_sketch({dtype, matrix(a), matrix(g), offsets.const_data_ptr<int32_t>(), n, b, i, o, dim,
+                                       static_cast<uint64_t>(seed), out.mutable_data_ptr()},
+                                      torch_threads());
+  return out;
+}
+
 // The checked head and the tensors that hold its memory.
 struct HeadTensors {
   Tensor h, weight, target;
@@ -305,6 +319,7 @@ STABLE_TORCH_LIBRARY_IMPL(u2a_fast, CPU, m) {
   m.impl("attention_jvp", TORCH_BOX(&attention_jvp));
   m.impl("ghost_dot", TORCH_BOX(&ghost_dot));
   m.impl("ghost_norm", TORCH_BOX(&ghost_norm));
+  m.impl("grad_sketch", TORCH_BOX(&grad_sketch));
   m.impl("linear_logprob", TORCH_BOX(&linear_logprob));
   m.impl("linear_logprob_backward", TORCH_BOX(&linear_logprob_backward));
   m.impl("linear_logprob_jvp", TORCH_BOX(&linear_logprob_jvp));

@@ -23,10 +23,11 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"models"}),
     frozenset({"data"}),
     frozenset({"manifest", "testing"}),
-    frozenset({"ops", "interop", "_attention_cases"}),
+    frozenset({"ops", "interop", "_attention_cases", "_sketch_cases"}),
     frozenset({"_register"}),
     frozenset({"kernels"}),
     frozenset({"reference", "_check", "losses", "statistics", "files"}),
+    frozenset({"sketch"}),
 )
 EXTENSIONS = frozenset({"_C", "_interop"})  # compiled from csrc/, below everything; absent where there is no compiler
 RANK = {part: rank for rank, parts in enumerate((*LAYERS, EXTENSIONS)) for part in parts}

@@ -10,6 +10,7 @@ __all__ = [
     "Shapes",
     "check_cu_seqlens",
     "check_dtypes",
+    "check_integer",
     "check_parent",
     "check_softcap",
     "check_target",
@@ -140,6 +141,13 @@ def check_window(op: str, window: int) -> None:
     """Check that ``window`` is an integer that is not negative (0: no window)."""
     if not isinstance(window, int) or window < 0:
         raise ValueError(f"[{op}] expected window an int >= 0, got {window!r}")
+
+
+def check_integer(op: str, name: str, value: int, least: int, most: int) -> None:
+    """Check that ``value`` is an integer in [least, most]."""
+    # under a symbolic trace an integer is a torch.SymInt
+    if not isinstance(value, int | torch.SymInt) or not least <= value <= most:
+        raise ValueError(f"[{op}] expected {name} an int from {least} to {most}, got {value!r}")
 
 
 def check_target(shapes: Shapes, target: Tensor) -> None:

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from . import _register  # noqa: F401  (registers torch.ops.u2a_fast)
-from ._check import Shapes, check_cu_seqlens, check_dtypes, check_parent, check_softcap, check_target, check_window
+from ._check import (
+    Shapes,
+    check_cu_seqlens,
+    check_dtypes,
+    check_integer,
+    check_parent,
+    check_softcap,
+    check_target,
+    check_window,
+)
+from .sketch import MAX_DIM, MIN_DIM
 
 __all__ = [
     "attention",
@@ -20,6 +30,7 @@ __all__ = [
     "attention_jvp",
     "ghost_dot",
     "ghost_norm",
+    "grad_sketch",
     "linear_logprob",
     "linear_logprob_backward",
     "linear_logprob_jvp",
@@ -226,6 +237,37 @@ def ghost_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
     check_cu_seqlens(shapes, cu_seqlens, "a")
     check_dtypes("ghost_norm", [("a", a), ("g", g)])
     return torch.ops.u2a_fast.ghost_norm(a, g, cu_seqlens)
+
+
+def grad_sketch(a: Tensor, g: Tensor, cu_seqlens: Tensor, dim: int, seed: int) -> Tensor:
+    """Sketches of the weight gradients of B examples, none of which is stored: E <S G_i, S G_j> = <G_i, G_j>.
+
+    S is a sparse Johnson-Lindenstrauss map drawn from ``seed`` and the layer's shape alone, never stored;
+    Var <Sx, Sy> <= 2 |x|^2 |y|^2 / dim (derived in :mod:`u2a_fast.sketch`). Layers whose sketches are added or
+    concatenated need seeds of their own. Cost: 2 N I O flops and B I O additions. Not differentiable.
+
+    Args:
+        a: layer inputs of all examples' tokens, (N, I).
+        g: gradients at the layer's outputs, (N, O).
+        cu_seqlens: example i owns rows cu_seqlens[i] to cu_seqlens[i + 1], (B + 1) int32; empty examples are allowed.
+        dim: entries M of a sketch, from 32 to 8192.
+        seed: from 0 to 2^63 - 1.
+
+    Returns:
+        (B, M); float32, or float64 for float64 arguments. An empty example gives 0.
+
+    Raises:
+        ValueError: a shape, a device, ``dim``, ``seed`` or a value of ``cu_seqlens`` does not fit.
+        TypeError: a dtype does not fit.
+    """
+    shapes = Shapes("grad_sketch")
+    shapes.bind("a", a, "N I")
+    shapes.bind("g", g, "N O")
+    check_cu_seqlens(shapes, cu_seqlens, "a")
+    check_dtypes("grad_sketch", [("a", a), ("g", g)])
+    check_integer("grad_sketch", "dim", dim, MIN_DIM, MAX_DIM)
+    check_integer("grad_sketch", "seed", seed, 0, 2**63 - 1)
+    return torch.ops.u2a_fast.grad_sketch(a, g, cu_seqlens, dim, seed)
 
 
 def _bind_head(shapes: Shapes, h: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, softcap: float) -> None:
