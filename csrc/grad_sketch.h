@@ -67,12 +67,14 @@ class SketchTable {
   void generate_starts(int64_t o, int64_t rows, int64_t column) {
     uint32_t words[4][kPhiloxLanes];
     philox(op_.seed, static_cast<uint32_t>(o / block_.rows), static_cast<uint32_t>(column), 1, words);
-    const int64_t width = block_.columns / kSignBits, first = column * width;
+    const int64_t width = block_.columns / kSignBits;
     for (int64_t r = 0; r < smaller(block_.rows, rows); ++r) {
-      for (int64_t run = first; run < smaller(first + kPhiloxLanes * width, runs_); ++run) {
-        const int64_t shift = static_cast<int64_t>((uint64_t{words[0][run / width - column]} * op_.dim) >> 32);
-        const int64_t place = r * block_.columns + run % width * kSignBits + shift;
-        mutable_row(o + r)[run].start = static_cast<uint32_t>(place < op_.dim ? place : place - op_.dim);
+      SketchRun* run = mutable_row(o + r) + column * width;
+      const SketchRun* const end = mutable_row(o + r) + smaller((column + kPhiloxLanes) * width, runs_);
+      for (int64_t l = 0; run < end; ++l) {
+        int64_t place = r * block_.columns + static_cast<int64_t>(uint64_t{words[0][l]} * op_.dim >> 32);
+        for (int64_t unit = 0; unit < width && run < end; ++unit, ++run, place += kSignBits)
+          run->start = static_cast<uint32_t>(place < op_.dim ? place : place - op_.dim);
       }
     }
   }
