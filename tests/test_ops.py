@@ -108,11 +108,13 @@ def test_an_example_does_not_see_its_neighbors(dtype: torch.dtype) -> None:
     case = Case("ghost_dot", {"N": sum(lengths), "B": 4, "I": 70, "O": 45, "K": 2}, dtype, lengths)
     a, g, cu_seqlens, v = testing.inputs(case).values()
     together = ops.ghost_dot(a, g, cu_seqlens, v), ops.ghost_norm(a, g, cu_seqlens)
+    sketches = ops.grad_sketch(a, g, cu_seqlens, 100, 3)
     for i in range(len(lengths)):
         rows = slice(int(cu_seqlens[i]), int(cu_seqlens[i + 1]))
         alone = torch.tensor([0, lengths[i]], dtype=torch.int32)
         assert torch.equal(together[0][:, i], ops.ghost_dot(a[rows], g[rows], alone, v)[:, 0])
         assert torch.equal(together[1][i], ops.ghost_norm(a[rows], g[rows], alone)[0])
+        assert torch.equal(sketches[i], ops.grad_sketch(a[rows], g[rows], alone, 100, 3)[0])
 
 
 @needs_extension
@@ -131,7 +133,8 @@ def test_many_rows_and_columns_cross_every_block() -> None:
     wide = Case("ghost_dot", {"N": 3, "B": 1, "I": 4100, "O": 600, "K": 1}, torch.float32, (3,))
     tall = Case("linear_logprob_backward", {"N": 2100, "D": 9, "V": 520}, torch.float32, bias=True)
     broad = Case("linear_logprob_jvp", {"N": 4, "D": 2100, "V": 700, "K": 2}, torch.float32, softcap=9.0)
-    for case in (ghost, wide, tall, broad):
+    banded = Case("grad_sketch", {"N": 3, "B": 2, "I": 4100, "O": 1300, "M": 1000}, torch.float32, (1, 2))
+    for case in (ghost, wide, tall, broad, banded):
         for dtype in testing.DTYPES:
             typed = Case(**{**vars(case), "dtype": dtype})
             arguments = testing.inputs(typed)
@@ -169,7 +172,7 @@ def test_views_give_the_same_bits(op: str, offset: int, view: Callable[[Tensor, 
 def test_a_nan_is_not_hidden(op: str) -> None:
     case = LARGEST[op]
     arguments = testing.inputs(case)
-    first = "a" if op.startswith("ghost") else "h"
+    first = "a" if op.startswith(testing.PACKED) else "h"
     arguments[first][0, 0] = torch.nan
     outputs = call(case, arguments)
     want = getattr(reference, op)(**arguments)
@@ -313,6 +316,12 @@ def offsets(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+def sketch(**changes: Any) -> dict[str, Any]:
+    arguments = ghost(dim=64, seed=0)
+    del arguments["v"]
+    return arguments | changes
+
+
 WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("ghost_dot", ghost(g=torch.zeros(5, 3)), ValueError, "g of shape (N, O) with N = 6 (from a), got (5, 3)"),
     ("ghost_dot", ghost(a=torch.zeros(6)), ValueError, "a of shape (N, I), got (6,)"),
@@ -351,6 +360,9 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ValueError,
         "cu_seqlens to be non-decreasing, got 4 then 3 at position 1",
     ),
+    ("grad_sketch", sketch(dim=31), ValueError, "dim an int from 32 to 8192, got 31"),
+    ("grad_sketch", sketch(dim=64.0), ValueError, "dim an int from 32 to 8192, got 64.0"),
+    ("grad_sketch", sketch(seed=-1), ValueError, "seed an int from 0 to 9223372036854775807, got -1"),
     (
         "linear_logprob",
         head(weight=torch.zeros(7, 2)),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from u2a_fast.sketch import sketch_map
 from u2a_fast.testing import TIMING_CASES, Case
 
 __all__ = ["COMPOSITIONS", "bare_product", "timing_cases"]
@@ -32,6 +33,11 @@ def _cuda_cases() -> tuple[Case, ...]:
         for dtype in DTYPES:
             cases.append(Case("ghost_dot", {**sizes, "K": 1}, dtype, lengths))
             cases.append(Case("ghost_norm", sizes, dtype, lengths))
+    # The sketch's reference multiplies every token by every example's mask.
+    lengths = (128,) * 16
+    for i, o in ((1024, 1024), (2048, 2048)):
+        sizes = {"N": sum(lengths), "B": len(lengths), "I": i, "O": o, "M": 1024}
+        cases += [Case("grad_sketch", sizes, dtype, lengths) for dtype in DTYPES]
     for n, d, v in ((2048, 1024, 32000), (1024, 1024, 128256)):
         sizes = {"N": n, "D": d, "V": v}
         for dtype in DTYPES:
@@ -52,6 +58,16 @@ def _ghost_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
     bounds = cu_seqlens.tolist()
     gradients = (g[i:j].T @ a[i:j] for i, j in zip(bounds[:-1], bounds[1:], strict=True))
     return torch.stack([gradient.float().square().sum() for gradient in gradients])
+
+
+def _grad_sketch(a: Tensor, g: Tensor, cu_seqlens: Tensor, dim: int, seed: int) -> Tensor:
+    entry, sign = sketch_map(g.shape[1], a.shape[1], dim, seed, a.device)
+    entry, sign = entry.flatten(), sign.flatten()
+    bounds = cu_seqlens.tolist()
+    out = torch.zeros(len(bounds) - 1, dim, device=a.device)
+    for row, i, j in zip(out, bounds[:-1], bounds[1:], strict=True):
+        row.index_add_(0, entry, (g[i:j].T @ a[i:j]).flatten().float() * sign)
+    return out
 
 
 def _linear_logprob(
@@ -103,6 +119,7 @@ def _linear_logprob_jvp(
 COMPOSITIONS: dict[str, Callable[..., Any]] = {
     "ghost_dot": _ghost_dot,
     "ghost_norm": _ghost_norm,
+    "grad_sketch": _grad_sketch,
     "linear_logprob": _linear_logprob,
     "linear_logprob_backward": _linear_logprob_backward,
     "linear_logprob_jvp": _linear_logprob_jvp,
@@ -115,7 +132,7 @@ def bare_product(case: Case, arguments: Arguments) -> tuple[Callable[[], Tensor]
     if case.op == "ghost_dot":
         a, v = arguments["a"], arguments["v"]
         return lambda: a @ v[0].T, 2 * s["N"] * s["I"] * s["O"]
-    if case.op == "ghost_norm":
+    if case.op in ("ghost_norm", "grad_sketch"):
         a, g = arguments["a"], arguments["g"]
         return lambda: g.T @ a, 2 * s["N"] * s["I"] * s["O"]
     h, weight = arguments["h"], arguments["weight"]
