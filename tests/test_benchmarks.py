@@ -100,7 +100,7 @@ def test_timing_cases_are_whole(device: str) -> None:
     cases = timing_cases(device)
     assert {case.op for case in cases} == set(ops.__all__)
     assert len({case.id for case in cases}) == len(cases)
-    assert all(sum(case.lengths) == case.sizes["N"] for case in cases if case.op.startswith(testing.PACKED))
+    assert all(sum(case.lengths) == case.sizes["N"] for case in cases if case.op.startswith(("ghost", "grad")))
 
 
 def test_scoring_gives_a_row(scoring_row: Row) -> None:

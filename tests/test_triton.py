@@ -57,7 +57,7 @@ def run(device: str) -> Run:
 
 def _case(op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> testing.Case:
     options: dict[str, Any] = {"bias": True, "softcap": 5.0} if op.startswith("linear") else {}
-    if op.startswith(testing.PACKED):
+    if op.startswith(("ghost", "grad")):
         options["lengths"] = (3, 0, 20, sizes["N"] - 23)
         sizes["B"] = 4
     return testing.Case(op, sizes, dtype, **options)

@@ -28,7 +28,15 @@ pytest.importorskip("triton", reason="Triton is not installed")
 SHARED_MEMORY = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 FAMILIES = tuple(SHARED_MEMORY)
 MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
-MODULES = ("_tile", "ghost_dot", "ghost_norm", "grad_sketch", "linear_logprob", "linear_logprob_backward", "linear_logprob_jvp")
+MODULES = (
+    "_tile",
+    "ghost_dot",
+    "ghost_norm",
+    "grad_sketch",
+    "linear_logprob",
+    "linear_logprob_backward",
+    "linear_logprob_jvp",
+)
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -16,13 +16,12 @@ from ._check import (
     Shapes,
     check_cu_seqlens,
     check_dtypes,
-    check_integer,
     check_parent,
+    check_sketch,
     check_softcap,
     check_target,
     check_window,
 )
-from .sketch import MAX_DIM, MIN_DIM
 
 __all__ = [
     "attention",
@@ -240,18 +239,16 @@ def ghost_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def grad_sketch(a: Tensor, g: Tensor, cu_seqlens: Tensor, dim: int, seed: int) -> Tensor:
-    """Sketches of the weight gradients of B examples, none of which is stored: E <S G_i, S G_j> = <G_i, G_j>.
+    """Sketches S vec(G_i) of the weight gradients of B examples, none of which is stored, S drawn from ``seed``.
 
-    S is a sparse Johnson-Lindenstrauss map drawn from ``seed`` and the layer's shape alone, never stored;
-    Var <Sx, Sy> <= 2 |x|^2 |y|^2 / dim (derived in :mod:`u2a_fast.sketch`). Layers whose sketches are added or
-    concatenated need seeds of their own. Cost: 2 N I O flops and B I O additions. Not differentiable.
+    E <Sx, Sy> = <x, y>, Var <Sx, Sy> <= 2 |x|^2 |y|^2 / dim (:mod:`u2a_fast.sketch`). 2 N I O flops. Not differentiable.
 
     Args:
         a: layer inputs of all examples' tokens, (N, I).
         g: gradients at the layer's outputs, (N, O).
         cu_seqlens: example i owns rows cu_seqlens[i] to cu_seqlens[i + 1], (B + 1) int32; empty examples are allowed.
         dim: entries M of a sketch, from 32 to 8192.
-        seed: from 0 to 2^63 - 1.
+        seed: from 0 to 2^63 - 1; layers whose sketches are added need one each.
 
     Returns:
         (B, M); float32, or float64 for float64 arguments. An empty example gives 0.
@@ -265,8 +262,7 @@ def grad_sketch(a: Tensor, g: Tensor, cu_seqlens: Tensor, dim: int, seed: int) -
     shapes.bind("g", g, "N O")
     check_cu_seqlens(shapes, cu_seqlens, "a")
     check_dtypes("grad_sketch", [("a", a), ("g", g)])
-    check_integer("grad_sketch", "dim", dim, MIN_DIM, MAX_DIM)
-    check_integer("grad_sketch", "seed", seed, 0, 2**63 - 1)
+    check_sketch("grad_sketch", dim, seed)
     return torch.ops.u2a_fast.grad_sketch(a, g, cu_seqlens, dim, seed)
 
 

@@ -1,15 +1,15 @@
 """The definition of ``grad_sketch``: which entry each coordinate of a gradient goes to, and with which sign.
 
 The sketch is a count sketch (Charikar, Chen and Farach-Colton 2002; feature hashing, Weinberger et al. 2009,
-arXiv:0902.2206), the sparse Johnson-Lindenstrauss map with one nonzero a column: (S x)[m] is the sum of sigma_p x_p over
-the coordinates p with h(p) = m. Its signs are independent, one a coordinate. Its entries are shared out by blocks: the
-O x I coordinates are cut into blocks of R x C <= dim, and coordinate (r, c) of a block goes to
+arXiv:0902.2206), the sparse Johnson-Lindenstrauss map with one nonzero a column: (S x)[m] is the sum of sigma_p x_p
+over the coordinates p with h(p) = m. Its signs are independent, one a coordinate. Its entries are shared out by blocks:
+the O x I coordinates are cut into blocks of R x C <= dim, and coordinate (r, c) of a block goes to
 
     h = (r C + c + shift of the block) mod dim,    the shifts independent and uniform on [0, dim),
 
 so that a row of a block stays contiguous: vectors on a CPU and register tiles on a GPU are moved whole. This costs
-nothing in quality: two coordinates of one block never meet, two of different blocks meet with probability 1 / dim, which
-is what a count sketch with one independent entry a coordinate gives every pair.
+nothing in variance: two coordinates of one block never meet, two of different blocks meet with probability 1 / dim,
+which is what a count sketch with one independent entry a coordinate gives every pair.
 
 For fixed x and y, <Sx, Sy> = <x, y> + sum_{p != q} sigma_p sigma_q [h(p) = h(q)] x_p y_q. The signs are independent of
 one another and of h, so
@@ -75,9 +75,7 @@ def sketch_block(dim: int) -> tuple[int, int]:
 
 def _words(rows: int, columns: int, stream: int, seed: int, device: torch.device) -> tuple[Tensor, ...]:
     """Philox words at the counters (row, column, stream, 0), each (rows, columns)."""
-    row, column = torch.meshgrid(
-        torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
-    )
+    row, column = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
     return philox4x32((row, column, torch.full_like(row, stream), torch.zeros_like(row)), seed)
 
 
