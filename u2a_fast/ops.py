@@ -241,7 +241,7 @@ def ghost_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
 def grad_sketch(a: Tensor, g: Tensor, cu_seqlens: Tensor, dim: int, seed: int) -> Tensor:
     """Sketches S vec(G_i) of the weight gradients of B examples, none of which is stored, S drawn from ``seed``.
 
-    E <Sx, Sy> = <x, y>, Var <Sx, Sy> <= 2 |x|^2 |y|^2 / dim (:mod:`u2a_fast.sketch`). 2 N I O flops. Not differentiable.
+    E <Sx, Sy> = <x, y>, Var <Sx, Sy> <= 2 |x|^2 |y|^2 / dim (:mod:`u2a_fast.sketch`). Not differentiable.
 
     Args:
         a: layer inputs of all examples' tokens, (N, I).
