@@ -8,6 +8,7 @@
 #include "ghost_dot_lowrank.h"
 #include "ghost_norm.h"
 #include "grad_project.h"
+#include "grad_sketch.h"
 #include "linear_logprob.h"
 #include "linear_logprob_backward.h"
 
@@ -66,6 +67,9 @@ constexpr Kernels kernel_set(const char* name) {
       },
       [](const GradProject& op, const Parallel& parallel) {
         Set::with_types(op.dtype, [&](auto e, auto t) { grad_project_with<decltype(e), decltype(t)>(op, parallel); });
+      },
+      [](const GradSketch& op, const Parallel& parallel) {
+        Set::with_types(op.dtype, [&](auto e, auto t) { grad_sketch_with<decltype(e), decltype(t)>(op, parallel); });
       },
       [](const LinearLogprob& op, const Parallel& parallel) {
         Set::with_types(op.head.dtype,

@@ -58,6 +58,16 @@ struct GradProject {
   void* out;  // B x Q rows of P
 };
 
+// A sketch of M = dim entries, drawn from `seed`.
+struct GradSketch {
+  DType dtype;
+  Matrix a, g;                // N x I, N x O
+  const int32_t* cu_seqlens;  // B + 1
+  int64_t n, b, i, o, dim;
+  uint64_t seed;
+  void* out;  // B x dim
+};
+
 // A linear head: logits c(h W^T + bias) with c(z) = softcap tanh(z / softcap), or c(z) = z where softcap is 0.
 struct Head {
   DType dtype;
@@ -146,6 +156,7 @@ struct Kernels {
   void (*ghost_norm)(const GhostNorm&, const Parallel&);
   void (*glu_jvp)(const GluJvp&, const Parallel&);
   void (*grad_project)(const GradProject&, const Parallel&);
+  void (*grad_sketch)(const GradSketch&, const Parallel&);
   void (*linear_logprob)(const LinearLogprob&, const Parallel&);
   void (*linear_logprob_backward)(const LinearLogprobBackward&, const Parallel&);
   void (*rms_norm_jvp)(const RmsNormJvp&, const Parallel&);

@@ -107,6 +107,7 @@ PACKED: dict[str, dict[str, int]] = {
     "ghost_dot_lowrank": {"K": 2, "R": 5},
     "ghost_norm": {},
     "grad_project": {"P": 37, "Q": 13},
+    "grad_sketch": {"M": 100},
 }
 
 
@@ -155,7 +156,8 @@ def test_many_rows_and_columns_cross_every_block() -> None:
     tall = Case("linear_logprob_backward", {"N": 2100, "D": 9, "V": 520}, torch.float32, bias=True)
     broad = Case("linear_logprob_jvp", {"N": 4, "D": 2100, "V": 700, "K": 2}, torch.float32, softcap=9.0)
     ranks = Case("ghost_dot_lowrank", {"N": 40, "B": 1, "I": 4100, "O": 20, "K": 2, "R": 100}, torch.float32, (40,))
-    for case in (ghost, wide, tall, broad, ranks):
+    banded = Case("grad_sketch", {"N": 3, "B": 2, "I": 4100, "O": 1300, "M": 1000}, torch.float32, (1, 2))
+    for case in (ghost, wide, tall, broad, ranks, banded):
         for dtype in testing.DTYPES:
             typed = Case(**{**vars(case), "dtype": dtype})
             arguments = testing.inputs(typed)
@@ -340,6 +342,12 @@ def offsets(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+def sketch(**changes: Any) -> dict[str, Any]:
+    arguments = ghost(dim=64, seed=0)
+    del arguments["v"]
+    return arguments | changes
+
+
 WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("ghost_dot", ghost(g=torch.zeros(5, 3)), ValueError, "g of shape (N, O) with N = 6 (from a), got (5, 3)"),
     ("ghost_dot", ghost(a=torch.zeros(6)), ValueError, "a of shape (N, I), got (6,)"),
@@ -396,6 +404,9 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ValueError,
         "cu_seqlens to be non-decreasing, got 4 then 3 at position 1",
     ),
+    ("grad_sketch", sketch(dim=31), ValueError, "dim an int from 32 to 8192, got 31"),
+    ("grad_sketch", sketch(dim=64.0), ValueError, "dim an int from 32 to 8192, got 64.0"),
+    ("grad_sketch", sketch(seed=-1), ValueError, "seed an int from 0 to 9223372036854775807, got -1"),
     (
         "linear_logprob",
         head(weight=torch.zeros(7, 2)),

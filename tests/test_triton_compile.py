@@ -34,6 +34,7 @@ MODULES = (
     "ghost_dot_lowrank",
     "ghost_norm",
     "grad_project",
+    "grad_sketch",
     "linear_logprob",
     "linear_logprob_backward",
     "linear_logprob_jvp",
@@ -73,7 +74,9 @@ class Recorder:
 def _type(x: Any) -> str:
     if isinstance(x, Tensor):
         return "*" + TYPES[x.dtype]
-    return "fp32" if isinstance(x, float) else "i32"
+    if isinstance(x, float):
+        return "fp32"
+    return "i32" if x < 2**31 else "i64"
 
 
 def _call_ghost(modules: dict[str, Any], dtype: torch.dtype, n: int) -> None:
@@ -88,6 +91,9 @@ def _call_ghost(modules: dict[str, Any], dtype: torch.dtype, n: int) -> None:
     # One long example takes the tile form of the norm, many short ones the Gram form.
     modules["ghost_norm"].ghost_norm(a, g, one)
     modules["ghost_norm"].ghost_norm(a, g, many)
+    # Blocks of the sketch smaller than a tile, in a sketch that is no power of two, and one that fills the tile.
+    for dim in (1000, 8192):
+        modules["grad_sketch"].grad_sketch(a, g, one, dim, 2**40)
 
 
 def _call_head(modules: dict[str, Any], dtype: torch.dtype, n: int, v: int, k: int, full: bool) -> None:
@@ -181,7 +187,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_configuration_is_launched(family: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
     assert [r["unused"] for r in compiled[family] if "unused" in r] == []
-    assert len({r["kernel"] for r in compiled[family] if "kernel" in r}) == 13
+    assert len({r["kernel"] for r in compiled[family] if "kernel" in r}) == 14
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,12 +5,12 @@ Letters, used alike in every signature and kernel of the project:
     N  packed tokens            B  examples               K  directions
     I  input features           O  output features        D  hidden features      V  vocabulary
     H  query heads              G  key heads, G | H       E  head features        F  value features
-    P  projected inputs         Q  projected outputs      R  rank of a direction
+    P  projected inputs         Q  projected outputs      R  rank of a direction  M  sketch entries
 
 Tokens of all examples lie one after the other; example ``i`` owns rows ``cu_seqlens[i]`` to
 ``cu_seqlens[i + 1]`` (``cu_seqlens`` is int32, length B + 1, starts at 0 and ends at N). A linear layer
 ``y_t = W a_t`` with output gradient ``g_t = dL/dy_t`` has the per-example weight gradient
-``G_i = sum_{t in i} g_t a_t^T``, an O x I matrix that no function here ever forms.
+``G_i = sum_{t in i} g_t a_t^T``, an O x I matrix that no function here ever forms whole.
 
 Arithmetic is float64 for float64 inputs and float32 for every other dtype, whatever the inputs' own precision.
 These functions are the schema, the shape inference and the fallback of their ops, so they hold no data-dependent
@@ -22,6 +22,8 @@ import math
 import torch
 from torch import Tensor
 
+from .sketch import sketch_map
+
 __all__ = [
     "attention",
     "attention_backward",
@@ -31,12 +33,16 @@ __all__ = [
     "ghost_norm",
     "glu_jvp",
     "grad_project",
+    "grad_sketch",
     "linear_logprob",
     "linear_logprob_backward",
     "linear_logprob_jvp",
     "rms_norm_jvp",
     "rotary",
 ]
+
+
+_SKETCHED_ROWS = 128  # of G_i at a time
 
 
 def _accumulate_dtype(x: Tensor) -> torch.dtype:
@@ -378,3 +384,27 @@ def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     low, high = x.to(acc).chunk(2, -1)
     rotated = torch.cat([-high, low], -1)
     return (x.to(acc) * cosine.to(acc)[:, None] + rotated * sine.to(acc)[:, None]).to(x.dtype).contiguous()
+
+
+def _sketch(a: Tensor, g: Tensor, cu_seqlens: Tensor, dim: int, entry: Tensor, sign: Tensor) -> Tensor:
+    ids = _segment_ids(cu_seqlens, a.shape[0])
+    out = a.new_zeros(cu_seqlens.shape[0] - 1, dim)
+    for example in range(out.shape[0]):
+        own = (ids == example)[:, None]
+        own_a, own_g = torch.where(own, a, 0.0), torch.where(own, g, 0.0)
+        for start in range(0, g.shape[1], _SKETCHED_ROWS):
+            rows = slice(start, start + _SKETCHED_ROWS)
+            signed = sign[rows] * (own_g[:, rows].T @ own_a)
+            out[example].index_add_(0, entry[rows].flatten(), signed.flatten())
+    return out
+
+
+def grad_sketch(a: Tensor, g: Tensor, cu_seqlens: Tensor, dim: int, seed: int) -> Tensor:
+    """S vec(G_i) for every example i, S the sparse random map of :mod:`u2a_fast.sketch`, E <Sx, Sy> = <x, y>.
+
+    Shapes: a (N, I), g (N, O), cu_seqlens (B + 1) -> (B, M) with M = dim.
+    Cost: 2 N I O flops for the entries of all G_i, B I O additions; a and g read once.
+    """
+    acc = _accumulate_dtype(a)
+    entry, sign = sketch_map(g.shape[1], a.shape[1], dim, seed, a.device)
+    return _sketch(a.to(acc), g.to(acc), cu_seqlens, dim, entry, sign)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _attention_cases, _gradient_cases, reference
+from . import _attention_cases, _gradient_cases, _sketch_cases, reference
 
 __all__ = ["CASES", "CONSTANTS", "DTYPES", "TIMING_CASES", "Case", "budget", "cost", "expected", "inputs", "violations"]
 
@@ -36,6 +36,7 @@ CONSTANTS: dict[str, float] = {
     "ghost_dot_lowrank": 12.0,  # products of two sums, then the sum over the rank and t
     "ghost_norm": 8.0,  # products of two sums
     "grad_project": 12.0,  # products of two sums, then the sum over t
+    "grad_sketch": 4.0,  # one sum over an entry's coordinates and t
     "linear_logprob": 8.0,  # logits, then the sum of exponentials
     "linear_logprob_backward": 12.0,  # logits, probabilities, then the product with weight or h
     "linear_logprob_jvp": 12.0,  # logits and tangents, probabilities, then the sum over the vocabulary
@@ -121,11 +122,12 @@ def _timing_rows() -> Iterator[tuple[str, dict[str, int], dict[str, Any]]]:
         yield "linear_logprob_backward", sizes, {}
         yield "linear_logprob_jvp", {**sizes, "K": 1}, {}
     yield from _attention_cases.timing_rows()
+    yield from _sketch_cases.timing_rows()
 
 
 CASES: tuple[Case, ...] = tuple(
     Case(op, sizes, dtype, **options)
-    for rows in (_gradient_cases.rows, _head_rows, _attention_cases.rows)
+    for rows in (_gradient_cases.rows, _sketch_cases.rows, _head_rows, _attention_cases.rows)
     for op, sizes, options in rows()
     for dtype in DTYPES
 )
@@ -145,6 +147,8 @@ def inputs(case: Case, device: torch.device | str = "cpu") -> dict[str, Any]:
 
     if case.op.startswith("attention"):
         arguments = _attention_cases.inputs(case, normal)
+    elif case.op == "grad_sketch":
+        arguments = _sketch_cases.inputs(case, normal, generator)
     elif case.op.startswith(_gradient_cases.PREFIXES):
         arguments = _gradient_cases.inputs(case, normal)
     else:
@@ -202,6 +206,7 @@ def budget(case: Case, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
         "ghost_dot_lowrank": _gradient_scales,
         "ghost_norm": _gradient_scales,
         "grad_project": _gradient_scales,
+        "grad_sketch": _sketch_scales,
         "linear_logprob": _logprob_scale,
         "linear_logprob_backward": _backward_scale,
         "linear_logprob_jvp": _jvp_scale,
@@ -239,6 +244,10 @@ def _output_dtype(case: Case, index: int) -> torch.dtype:
     if index in (in_inputs_dtype | {"linear_logprob_backward": (0,)}).get(case.op, ()):
         return case.dtype
     return torch.float64 if case.dtype == torch.float64 else torch.float32
+
+
+def _sketch_scales(case: Case, wide: dict[str, Any], eps: float) -> tuple[Tensor, ...]:
+    return _sketch_cases.scales(wide)
 
 
 def _attention_scales(case: Case, wide: dict[str, Any], eps: float) -> tuple[Tensor, ...]:
@@ -324,6 +333,8 @@ def cost(case: Case) -> tuple[int, int]:
     """Floating-point operations of the algorithm and the fewest bytes it can move (each argument and result once)."""
     if case.op.startswith("attention"):
         return _attention_cases.cost(case)
+    if case.op == "grad_sketch":
+        return _sketch_cases.cost(case)
     if case.op.startswith(_gradient_cases.PREFIXES):
         return _gradient_cases.cost(case)
     s = case.sizes

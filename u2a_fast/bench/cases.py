@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from u2a_fast import reference
+from u2a_fast.sketch import sketch_map
 from u2a_fast.testing import TIMING_CASES, Case
 
 __all__ = ["COMPOSITIONS", "bare_product", "timing_cases"]
@@ -37,6 +38,11 @@ def _cuda_cases() -> tuple[Case, ...]:
             for r in (16, 64):
                 cases.append(Case("ghost_dot_lowrank", {**sizes, "K": 1, "R": r}, dtype, lengths))
                 cases.append(Case("grad_project", {**sizes, "P": r, "Q": r}, dtype, lengths))
+    # The sketch's reference multiplies every token by every example's mask.
+    few = lengths[:16]
+    for i, o in ((1024, 1024), (2048, 2048)):
+        sizes = {"N": sum(few), "B": len(few), "I": i, "O": o, "M": 1024}
+        cases += [Case("grad_sketch", sizes, dtype, few) for dtype in DTYPES]
     for n, d, v in ((2048, 1024, 32000), (1024, 1024, 128256)):
         sizes = {"N": n, "D": d, "V": v}
         for dtype in DTYPES:
@@ -76,6 +82,16 @@ def _ghost_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
 def _grad_project(a: Tensor, g: Tensor, cu_seqlens: Tensor, p_in: Tensor, p_out: Tensor) -> Tensor:
     bounds, x, y = cu_seqlens.tolist(), a @ p_in, g @ p_out
     return torch.stack([y[i:j].T @ x[i:j] for i, j in zip(bounds[:-1], bounds[1:], strict=True)])
+
+
+def _grad_sketch(a: Tensor, g: Tensor, cu_seqlens: Tensor, dim: int, seed: int) -> Tensor:
+    entry, sign = sketch_map(g.shape[1], a.shape[1], dim, seed, a.device)
+    entry, sign = entry.flatten(), sign.flatten()
+    bounds = cu_seqlens.tolist()
+    out = torch.zeros(len(bounds) - 1, dim, device=a.device)
+    for row, i, j in zip(out, bounds[:-1], bounds[1:], strict=True):
+        row.index_add_(0, entry, (g[i:j].T @ a[i:j]).flatten().float() * sign)
+    return out
 
 
 def _linear_logprob(
@@ -165,6 +181,7 @@ COMPOSITIONS: dict[str, Callable[..., Any]] = {
     "ghost_dot_lowrank": _ghost_dot_lowrank,
     "ghost_norm": _ghost_norm,
     "grad_project": _grad_project,
+    "grad_sketch": _grad_sketch,
     "linear_logprob": _linear_logprob,
     "linear_logprob_backward": _linear_logprob_backward,
     "linear_logprob_jvp": _linear_logprob_jvp,
@@ -181,7 +198,7 @@ def bare_product(case: Case, arguments: Arguments) -> tuple[Callable[[], object]
     if case.op == "ghost_dot":
         a, v = arguments["a"], arguments["v"]
         return lambda: a @ v[0].T, 2 * s["N"] * s["I"] * s["O"]
-    if case.op == "ghost_norm":
+    if case.op in ("ghost_norm", "grad_sketch"):
         a, g = arguments["a"], arguments["g"]
         return lambda: g.T @ a, 2 * s["N"] * s["I"] * s["O"]
     if case.op in ("ghost_dot_lowrank", "grad_project"):
