@@ -1,7 +1,6 @@
 """What the attention kernels share: blocks of one segment, the keys that a block of queries sees, softmax in base 2.
 
-A program owns rows of one segment and one head, and its tiles start at the segment's own rows (at a window's edge, as
-far from them as anywhere), so that a segment's result does not depend on what it is packed with. Scores and maxima are
+A program owns rows of one segment and one head, and where its tiles start depends on that segment alone, so that a segment's result does not depend on what it is packed with. Scores and maxima are
 in units of log 2, where an exponential is one instruction. Prefixes as in ``_tile``; lengths of tiles are M (queries)
 and N (keys).
 """
@@ -50,7 +49,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def find_block(i, p_cu_seqlens, B, BLOCK: tl.constexpr):
-    """(segment, its first row, its end, first row of block ``i``); there is no such block where that row is no row of it.
+    """(segment, its first row, its end, first row of block ``i``); no such block where that row is not before the end.
 
     Segment j's blocks begin with number cu_seqlens[j] // BLOCK + j, which leaves room for all that a segment needs.
     """
@@ -112,31 +111,40 @@ def hide(
 
 
 @triton.jit
-def load_rows(p_x, s_x, X, WIDTH: tl.constexpr, BLOCK_X: tl.constexpr, PAD: tl.constexpr):
-    """The rows of x at ``p_x``, zero from row X and column WIDTH on: (BLOCK_X, PAD)."""
-    o_x = tl.arange(0, BLOCK_X)
+def load_rows(p_x, start, end, s_x, WIDTH: tl.constexpr, BLOCK_X: tl.constexpr, PAD: tl.constexpr):
+    """The rows of x from ``start``, zero from row ``end`` and column WIDTH on: (BLOCK_X, PAD).
+
+    Rows are 64-bit here, unlike in ``matmul_rows``: offsets from the tile's corner would stay in registers all along a
+    loop over tiles, which has none to spare.
+    """
+    o_x = start + tl.arange(0, BLOCK_X)
     o_d = tl.arange(0, PAD)
-    return load_tile(p_x + (o_x[:, None] * s_x + o_d[None, :]), (o_x < X)[:, None] & (o_d < WIDTH)[None, :])
+    mask = (o_x < end)[:, None] & (o_d < WIDTH)[None, :]
+    return load_tile(p_x + (o_x.to(tl.int64) * s_x)[:, None] + o_d[None, :], mask)
 
 
 @triton.jit
-def store_rows(p_x, s_x, b_x, X, WIDTH: tl.constexpr):
-    """Write the first X rows and WIDTH columns of a tile to x at ``p_x``."""
-    o_x = tl.arange(0, b_x.shape[0])
+def store_rows(p_x, start, end, s_x, b_x, WIDTH: tl.constexpr):
+    """Write a tile to the rows of x from ``start``, of which those before ``end`` and WIDTH columns exist."""
+    o_x = start + tl.arange(0, b_x.shape[0])
     o_d = tl.arange(0, b_x.shape[1])
-    mask = (o_x < X)[:, None] & (o_d < WIDTH)[None, :]
-    tl.store(p_x + (o_x[:, None] * s_x + o_d[None, :]), b_x.to(p_x.dtype.element_ty), mask=mask)
+    mask = (o_x < end)[:, None] & (o_d < WIDTH)[None, :]
+    tl.store(p_x + (o_x.to(tl.int64) * s_x)[:, None] + o_d[None, :], b_x.to(p_x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def rows_product(acc, b_x, p_x, s_x, X, b_y, p_y, s_y, Y, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    """acc + x y^T for two tiles of ``load_rows``, whose pointers, strides and row counts stand beside them.
+def rows_product(
+    acc, b_x, p_x, start_x, end_x, s_x, b_y, p_y, start_y, end_y, s_y, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """acc + x y^T for two tiles of ``load_rows``, each followed by what it was loaded from.
 
     Where BLOCK_D is less than their width, the tiles (then unused, so never loaded) are read by so many columns at a
     time: registers do not hold them whole.
     """
-    if BLOCK_D < b_x.shape[1]:
-        return matmul_rows(acc, p_x, p_y, 0, 0, s_x, s_y, X, Y, WIDTH, b_x.shape[0], b_y.shape[0], BLOCK_D)
+    if b_x.shape[1] > BLOCK_D:
+        return matmul_rows(
+            acc, p_x, p_y, start_x, start_y, s_x, s_y, end_x, end_y, WIDTH, b_x.shape[0], b_y.shape[0], BLOCK_D
+        )
     else:
         return tl.dot(b_x, tl.trans(b_y), acc, input_precision="ieee")
 

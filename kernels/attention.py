@@ -50,7 +50,7 @@ CONFIGS: HeadConfigs = {
     ("sm_80", 4, 128): _config(32, 16, 16, 4, 2),
     ("sm_80", 4, 256): _config(16, 16, 16, 4, 2),
     ("sm_90", 2, 64): _config(128, 128, 64, 8, 3),
-    ("sm_90", 2, 128): _config(128, 64, 128, 8, 3),
+    ("sm_90", 2, 128): _config(128, 128, 128, 8, 2),
     ("sm_90", 2, 256): _config(128, 64, 256, 8, 2),
     ("sm_90", 4, 64): _config(32, 32, 16, 4, 2),
     ("sm_90", 4, 128): _config(32, 16, 16, 4, 2),
@@ -67,8 +67,8 @@ CONFIGS: HeadConfigs = {
     ("gfx942", 4, 64): _config(32, 32, 16, 4, 2),
     ("gfx942", 4, 128): _config(32, 16, 16, 4, 2),
     ("gfx942", 4, 256): _config(16, 16, 16, 4, 2),
-    **{(INTERPRETER, 2, width): _config(16, 16, width, 4, 1) for width in (64, 128, 256)},
-    **{(INTERPRETER, 4, width): _config(16, 16, 16, 4, 1) for width in (64, 128, 256)},
+    **{(INTERPRETER, 2, width): _config(32, 64, width, 4, 1) for width in (64, 128, 256)},
+    **{(INTERPRETER, 4, width): _config(32, 64, 32, 4, 1) for width in (64, 128, 256)},
 }
 
 
@@ -84,39 +84,35 @@ def attention_kernel(
     segment, begin, end, start = find_block(i_m, p_cu_seqlens, B, BLOCK_M)
     if start >= end:
         return
-    M = tl.minimum(end - start, BLOCK_M)
-    row = start.to(tl.int64)
+    end = tl.minimum(end, start + BLOCK_M)
     head = i_h.to(tl.int64)
-    p_q += row * s_q + head * s_qh
+    p_q += head * s_qh
     p_k += head // PER_GROUP * s_kh
     p_v += head // PER_GROUP * s_vh
-    b_q = load_rows(p_q, s_q, M, E, BLOCK_M, PAD_E)
+    b_q = load_rows(p_q, start, end, s_q, E, BLOCK_M, PAD_E)
     b_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     b_out = tl.zeros([BLOCK_M, PAD_F], dtype=tl.float32)
     o_q = tl.arange(0, BLOCK_M)[:, None]
     o_k = tl.arange(0, BLOCK_N)[None, :]
     parent_low, parent_end, parent_tiles, gap, own_low, tiles = key_plan(
-        segment, begin, start, start + M, p_cu_seqlens, p_parent, window, BLOCK_N
+        segment, begin, start, end, p_cu_seqlens, p_parent, window, BLOCK_N
     )
-    for i in range(0, tiles):
+    for i in tl.range(0, tiles, disable_licm=True):
         start_k, end_k, shift = key_tile(
-            i, parent_low, parent_end, parent_tiles, gap, own_low, start + M, p_parent is not None, BLOCK_N
+            i, parent_low, parent_end, parent_tiles, gap, own_low, end, p_parent is not None, BLOCK_N
         )
-        N = end_k - start_k
-        key = start_k.to(tl.int64)
-        b_k = load_rows(p_k + key * s_k, s_k, N, E, BLOCK_N, PAD_E)
+        b_k = load_rows(p_k, start_k, end_k, s_k, E, BLOCK_N, PAD_E)
         b_s = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        b_s = rows_product(b_s, b_q, p_q, s_q, M, b_k, p_k + key * s_k, s_k, N, E, BLOCK_D)
+        b_s = rows_product(b_s, b_q, p_q, start, end, s_q, b_k, p_k, start_k, end_k, s_k, E, BLOCK_D)
         b_c, _ = scores(b_s, scale, softcap, CAPPED)
         b_c = hide(b_c, -float("inf"), start - shift, start_k, end_k, window, o_q, o_k, BLOCK_M, BLOCK_N)
         b_p, b_factor, b_max, b_sum = online_softmax(b_c, b_max, b_sum)
-        b_v = load_rows(p_v + key * s_v, s_v, N, F, BLOCK_N, PAD_F)
+        b_v = load_rows(p_v, start_k, end_k, s_v, F, BLOCK_N, PAD_F)
         b_out = weighted_rows(b_out * b_factor[:, None], b_p, b_v, False)
-    first = row * H + head
-    store_rows(p_out + first * F, H * F, b_out / b_sum[:, None], M, F)
-    o_m = tl.arange(0, BLOCK_M)
-    tl.store(p_lse + first + o_m * H, (b_max + tl.log2(b_sum)) / LOG2_E, mask=o_m < M)
+    store_rows(p_out + head * F, start, end, H * F, b_out / b_sum[:, None], F)
+    o_m = start + tl.arange(0, BLOCK_M)
+    tl.store(p_lse + o_m.to(tl.int64) * H + head, (b_max + tl.log2(b_sum)) / LOG2_E, mask=o_m < end)
 
 
 def attention(

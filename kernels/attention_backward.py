@@ -46,60 +46,60 @@ def _config(m: int, n: int, d: int, warps: int, stages: int) -> Config:
 
 QUERY_CONFIGS: HeadConfigs = {
     ("sm_80", 2, 64): _config(64, 64, 64, 4, 2),
-    ("sm_80", 2, 128): _config(64, 32, 64, 4, 2),
+    ("sm_80", 2, 128): _config(64, 32, 64, 8, 2),
     ("sm_80", 2, 256): _config(64, 16, 64, 8, 2),
-    ("sm_80", 4, 64): _config(32, 32, 16, 4, 2),
-    ("sm_80", 4, 128): _config(32, 16, 16, 4, 2),
-    ("sm_80", 4, 256): _config(16, 16, 16, 4, 2),
+    ("sm_80", 4, 64): _config(32, 32, 16, 8, 2),
+    ("sm_80", 4, 128): _config(32, 16, 16, 8, 2),
+    ("sm_80", 4, 256): _config(16, 16, 16, 8, 2),
     ("sm_90", 2, 64): _config(128, 64, 64, 8, 3),
     ("sm_90", 2, 128): _config(128, 64, 128, 8, 2),
     ("sm_90", 2, 256): _config(64, 32, 256, 8, 2),
-    ("sm_90", 4, 64): _config(32, 32, 16, 4, 2),
-    ("sm_90", 4, 128): _config(32, 16, 16, 4, 2),
-    ("sm_90", 4, 256): _config(16, 16, 16, 4, 2),
+    ("sm_90", 4, 64): _config(32, 32, 16, 8, 2),
+    ("sm_90", 4, 128): _config(32, 16, 16, 8, 2),
+    ("sm_90", 4, 256): _config(16, 16, 16, 8, 2),
     ("sm_100", 2, 64): _config(128, 64, 64, 8, 3),
     ("sm_100", 2, 128): _config(128, 64, 128, 8, 2),
     ("sm_100", 2, 256): _config(64, 32, 256, 8, 2),
-    ("sm_100", 4, 64): _config(32, 32, 16, 4, 2),
-    ("sm_100", 4, 128): _config(32, 16, 16, 4, 2),
-    ("sm_100", 4, 256): _config(16, 16, 16, 4, 2),
+    ("sm_100", 4, 64): _config(32, 32, 16, 8, 2),
+    ("sm_100", 4, 128): _config(32, 16, 16, 8, 2),
+    ("sm_100", 4, 256): _config(16, 16, 16, 8, 2),
     ("gfx942", 2, 64): _config(64, 32, 64, 4, 2),
     ("gfx942", 2, 128): _config(64, 32, 128, 4, 2),
     ("gfx942", 2, 256): _config(64, 16, 64, 4, 2),
     ("gfx942", 4, 64): _config(32, 32, 16, 4, 2),
     ("gfx942", 4, 128): _config(32, 16, 16, 4, 2),
     ("gfx942", 4, 256): _config(16, 16, 16, 4, 2),
-    **{(INTERPRETER, 2, width): _config(16, 16, width, 4, 1) for width in (64, 128, 256)},
-    **{(INTERPRETER, 4, width): _config(16, 16, 16, 4, 1) for width in (64, 128, 256)},
+    **{(INTERPRETER, 2, width): _config(32, 64, width, 4, 1) for width in (64, 128, 256)},
+    **{(INTERPRETER, 4, width): _config(32, 64, 32, 4, 1) for width in (64, 128, 256)},
 }
 
 KEY_CONFIGS: HeadConfigs = {
     ("sm_80", 2, 64): _config(32, 64, 64, 4, 2),
-    ("sm_80", 2, 128): _config(32, 64, 64, 4, 2),
-    ("sm_80", 2, 256): _config(16, 64, 64, 8, 2),
-    ("sm_80", 4, 64): _config(32, 32, 16, 4, 2),
-    ("sm_80", 4, 128): _config(16, 32, 16, 4, 2),
-    ("sm_80", 4, 256): _config(16, 16, 16, 4, 2),
+    ("sm_80", 2, 128): _config(32, 64, 64, 8, 2),
+    ("sm_80", 2, 256): _config(16, 32, 64, 8, 2),
+    ("sm_80", 4, 64): _config(32, 32, 16, 8, 2),
+    ("sm_80", 4, 128): _config(16, 16, 16, 8, 2),
+    ("sm_80", 4, 256): _config(16, 16, 16, 8, 2),
     ("sm_90", 2, 64): _config(64, 128, 64, 8, 3),
-    ("sm_90", 2, 128): _config(64, 128, 128, 8, 2),
-    ("sm_90", 2, 256): _config(32, 64, 256, 8, 2),
-    ("sm_90", 4, 64): _config(32, 32, 16, 4, 2),
-    ("sm_90", 4, 128): _config(16, 32, 16, 4, 2),
-    ("sm_90", 4, 256): _config(16, 16, 16, 4, 2),
+    ("sm_90", 2, 128): _config(32, 128, 128, 8, 2),
+    ("sm_90", 2, 256): _config(32, 32, 256, 8, 2),
+    ("sm_90", 4, 64): _config(32, 32, 16, 8, 2),
+    ("sm_90", 4, 128): _config(16, 32, 16, 8, 2),
+    ("sm_90", 4, 256): _config(16, 16, 16, 8, 2),
     ("sm_100", 2, 64): _config(64, 128, 64, 8, 3),
-    ("sm_100", 2, 128): _config(64, 128, 128, 8, 2),
-    ("sm_100", 2, 256): _config(32, 64, 256, 8, 2),
-    ("sm_100", 4, 64): _config(32, 32, 16, 4, 2),
-    ("sm_100", 4, 128): _config(16, 32, 16, 4, 2),
-    ("sm_100", 4, 256): _config(16, 16, 16, 4, 2),
+    ("sm_100", 2, 128): _config(32, 128, 128, 8, 2),
+    ("sm_100", 2, 256): _config(32, 32, 256, 8, 2),
+    ("sm_100", 4, 64): _config(32, 32, 16, 8, 2),
+    ("sm_100", 4, 128): _config(16, 32, 16, 8, 2),
+    ("sm_100", 4, 256): _config(16, 16, 16, 8, 2),
     ("gfx942", 2, 64): _config(32, 64, 64, 4, 2),
     ("gfx942", 2, 128): _config(32, 64, 128, 4, 2),
     ("gfx942", 2, 256): _config(16, 64, 64, 4, 2),
     ("gfx942", 4, 64): _config(32, 32, 16, 4, 2),
     ("gfx942", 4, 128): _config(16, 32, 16, 4, 2),
     ("gfx942", 4, 256): _config(16, 16, 16, 4, 2),
-    **{(INTERPRETER, 2, width): _config(16, 16, width, 4, 1) for width in (64, 128, 256)},
-    **{(INTERPRETER, 4, width): _config(16, 16, 16, 4, 1) for width in (64, 128, 256)},
+    **{(INTERPRETER, 2, width): _config(64, 32, width, 4, 1) for width in (64, 128, 256)},
+    **{(INTERPRETER, 4, width): _config(64, 32, 32, 4, 1) for width in (64, 128, 256)},
 }
 
 
@@ -116,44 +116,43 @@ def queries_kernel(
     segment, begin, end, start = find_block(i_m, p_cu_seqlens, B, BLOCK_M)
     if start >= end:
         return
-    M = tl.minimum(end - start, BLOCK_M)
-    row = start.to(tl.int64)
+    end = tl.minimum(end, start + BLOCK_M)
     head = i_h.to(tl.int64)
-    p_q += row * s_q + head * s_qh
-    p_grad += row * s_grad + head * s_gradh
-    p_out += row * s_out + head * s_outh
+    p_q += head * s_qh
+    p_grad += head * s_gradh
+    p_out += head * s_outh
     p_k += head // PER_GROUP * s_kh
     p_v += head // PER_GROUP * s_vh
-    first = row * H + head
     o_m = tl.arange(0, BLOCK_M)
-    b_q = load_rows(p_q, s_q, M, E, BLOCK_M, PAD_E)
-    b_grad = load_rows(p_grad, s_grad, M, F, BLOCK_M, PAD_F)
-    b_out = load_rows(p_out, s_out, M, F, BLOCK_M, PAD_F)
+    o_row = (start + o_m).to(tl.int64) * H + head
+    m_row = start + o_m < end
+    b_q = load_rows(p_q, start, end, s_q, E, BLOCK_M, PAD_E)
+    b_grad = load_rows(p_grad, start, end, s_grad, F, BLOCK_M, PAD_F)
+    b_out = load_rows(p_out, start, end, s_out, F, BLOCK_M, PAD_F)
     b_delta = tl.sum(b_grad.to(tl.float32) * b_out.to(tl.float32), 1)
-    tl.store(p_delta + first + o_m * H, b_delta, mask=o_m < M)
-    b_lse = tl.load(p_lse + first + o_m * H, mask=o_m < M, other=0.0) * LOG2_E
+    tl.store(p_delta + o_row, b_delta, mask=m_row)
+    b_lse = tl.load(p_lse + o_row, mask=m_row, other=0.0) * LOG2_E
     b_dq = tl.zeros([BLOCK_M, PAD_E], dtype=tl.float32)
     o_k = tl.arange(0, BLOCK_N)[None, :]
     parent_low, parent_end, parent_tiles, gap, own_low, tiles = key_plan(
-        segment, begin, start, start + M, p_cu_seqlens, p_parent, window, BLOCK_N
+        segment, begin, start, end, p_cu_seqlens, p_parent, window, BLOCK_N
     )
-    for i in range(0, tiles):
+    for i in tl.range(0, tiles, disable_licm=True):
         start_k, end_k, shift = key_tile(
-            i, parent_low, parent_end, parent_tiles, gap, own_low, start + M, p_parent is not None, BLOCK_N
+            i, parent_low, parent_end, parent_tiles, gap, own_low, end, p_parent is not None, BLOCK_N
         )
-        N = end_k - start_k
-        key = start_k.to(tl.int64)
-        b_k = load_rows(p_k + key * s_k, s_k, N, E, BLOCK_N, PAD_E)
-        b_v = load_rows(p_v + key * s_v, s_v, N, F, BLOCK_N, PAD_F)
+        b_k = load_rows(p_k, start_k, end_k, s_k, E, BLOCK_N, PAD_E)
+        b_v = load_rows(p_v, start_k, end_k, s_v, F, BLOCK_N, PAD_F)
         b_zero = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        b_s = rows_product(b_zero, b_q, p_q, s_q, M, b_k, p_k + key * s_k, s_k, N, E, BLOCK_D)
-        b_dp = rows_product(b_zero, b_grad, p_grad, s_grad, M, b_v, p_v + key * s_v, s_v, N, F, BLOCK_D)
+        b_s = rows_product(b_zero, b_q, p_q, start, end, s_q, b_k, p_k, start_k, end_k, s_k, E, BLOCK_D)
+        b_dp = rows_product(b_zero, b_grad, p_grad, start, end, s_grad, b_v, p_v, start_k, end_k, s_v, F, BLOCK_D)
         b_c, b_slope = scores(b_s, scale, softcap, CAPPED)
+        b_ds = (b_dp - b_delta[:, None]) * b_slope
         b_p = tl.exp2(b_c - b_lse[:, None])
         b_p = hide(b_p, 0.0, start - shift, start_k, end_k, window, o_m[:, None], o_k, BLOCK_M, BLOCK_N)
-        b_ds = b_p * (b_dp - b_delta[:, None]) * b_slope
+        b_ds *= b_p
         b_dq = weighted_rows(b_dq, b_ds, b_k, WIDE)
-    store_rows(p_dq + first * E, H * E, b_dq * scale, M, E)
+    store_rows(p_dq + head * E, start, end, H * E, b_dq * scale, E)
 
 
 @triton.jit
@@ -179,13 +178,12 @@ def keys_kernel(
     segment, _, end, start_k = find_block(tl.program_id(0) // groups, p_cu_seqlens, B, BLOCK_N)
     if start_k >= end:
         return
-    N = tl.minimum(end - start_k, BLOCK_N)
-    key = start_k.to(tl.int64)
+    end_k = tl.minimum(end, start_k + BLOCK_N)
     group = i_g.to(tl.int64)
-    p_k += key * s_k + group * s_kh
-    p_v += key * s_v + group * s_vh
-    b_k = load_rows(p_k, s_k, N, E, BLOCK_N, PAD_E)
-    b_v = load_rows(p_v, s_v, N, F, BLOCK_N, PAD_F)
+    p_k += group * s_kh
+    p_v += group * s_vh
+    b_k = load_rows(p_k, start_k, end_k, s_k, E, BLOCK_N, PAD_E)
+    b_v = load_rows(p_v, start_k, end_k, s_v, F, BLOCK_N, PAD_F)
     b_dk = tl.zeros([BLOCK_N, PAD_E], dtype=tl.float32)
     b_dv = tl.zeros([BLOCK_N, PAD_F], dtype=tl.float32)
     o_k = tl.arange(0, BLOCK_N)[:, None]
@@ -195,33 +193,33 @@ def keys_kernel(
         # Rows between a segment and the one that continues it count for nothing.
         shift = tl.where(heir == segment, 0, begin_q - end)
         low = tl.maximum(begin_q, start_k + shift)
-        high = tl.minimum(tl.load(p_cu_seqlens + heir + 1), start_k + N - 1 + shift + window)
+        high = tl.minimum(tl.load(p_cu_seqlens + heir + 1), end_k - 1 + shift + window)
         for i_h in range(i_g * PER_GROUP, (i_g + 1) * PER_GROUP):
             head = tl.cast(i_h, tl.int64)
-            for start in range(low, high, BLOCK_M):
-                M = high - start
-                row = tl.cast(start, tl.int64)
-                p_q_rows = p_q + row * s_q + head * s_qh
-                p_grad_rows = p_grad + row * s_grad + head * s_gradh
-                b_q = load_rows(p_q_rows, s_q, M, E, BLOCK_M, PAD_E)
-                b_grad = load_rows(p_grad_rows, s_grad, M, F, BLOCK_M, PAD_F)
-                o_row = row * H + head + o_m * H
-                b_lse = tl.load(p_lse + o_row, mask=o_m < M, other=0.0) * LOG2_E
-                b_delta = tl.load(p_delta + o_row, mask=o_m < M, other=0.0)
+            p_q_h = p_q + head * s_qh
+            p_grad_h = p_grad + head * s_gradh
+            for start in tl.range(low, high, BLOCK_M, disable_licm=True):
+                b_q = load_rows(p_q_h, start, high, s_q, E, BLOCK_M, PAD_E)
+                b_grad = load_rows(p_grad_h, start, high, s_grad, F, BLOCK_M, PAD_F)
+                o_row = (start + o_m).to(tl.int64) * H + head
+                b_lse = tl.load(p_lse + o_row, mask=start + o_m < high, other=0.0) * LOG2_E
+                b_delta = tl.load(p_delta + o_row, mask=start + o_m < high, other=0.0)
                 b_zero = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-                b_s = rows_product(b_zero, b_k, p_k, s_k, N, b_q, p_q_rows, s_q, M, E, BLOCK_D)
-                b_dp = rows_product(b_zero, b_v, p_v, s_v, N, b_grad, p_grad_rows, s_grad, M, F, BLOCK_D)
+                b_s = rows_product(b_zero, b_k, p_k, start_k, end_k, s_k, b_q, p_q_h, start, high, s_q, E, BLOCK_D)
+                b_dp = rows_product(
+                    b_zero, b_v, p_v, start_k, end_k, s_v, b_grad, p_grad_h, start, high, s_grad, F, BLOCK_D
+                )
                 b_c, b_slope = scores(b_s, scale, softcap, CAPPED)
+                b_ds = (b_dp - b_delta[None, :]) * b_slope
                 b_p = tl.exp2(b_c - b_lse[None, :])
                 b_p = hide(
                     b_p, 0.0, start - shift, start_k, start_k + BLOCK_N, window, o_m[None, :], o_k, BLOCK_M, BLOCK_N
                 )
                 b_dv = weighted_rows(b_dv, b_p, b_grad, WIDE)
-                b_ds = b_p * (b_dp - b_delta[None, :]) * b_slope
+                b_ds *= b_p
                 b_dk = weighted_rows(b_dk, b_ds, b_q, WIDE)
-    first = key * groups + group
-    store_rows(p_dk + first * E, groups * E, b_dk * scale, N, E)
-    store_rows(p_dv + first * F, groups * F, b_dv, N, F)
+    store_rows(p_dk + group * E, start_k, end_k, groups * E, b_dk * scale, E)
+    store_rows(p_dv + group * F, start_k, end_k, groups * F, b_dv, F)
 
 
 def attention_backward(
