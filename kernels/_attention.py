@@ -1,8 +1,9 @@
 """What the attention kernels share: blocks of one segment, the keys that a block of queries sees, softmax in base 2.
 
-A program owns rows of one segment and one head, and where its tiles start depends on that segment alone, so that a segment's result does not depend on what it is packed with. Scores and maxima are
-in units of log 2, where an exponential is one instruction. Prefixes as in ``_tile``; lengths of tiles are M (queries)
-and N (keys).
+A program owns rows of one segment and one head, and where its tiles start depends on that segment alone, so that a
+segment's result does not depend on what it is packed with. Scores and maxima are in units of log 2, where an
+exponential is one instruction. Prefixes as in ``_tile``; lengths of tiles are M (queries) and N (keys). The loops over
+tiles hoist nothing: invariants kept in registers would spill.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -114,8 +115,8 @@ def hide(
 def load_rows(p_x, start, end, s_x, WIDTH: tl.constexpr, BLOCK_X: tl.constexpr, PAD: tl.constexpr):
     """The rows of x from ``start``, zero from row ``end`` and column WIDTH on: (BLOCK_X, PAD).
 
-    Rows are 64-bit here, unlike in ``matmul_rows``: offsets from the tile's corner would stay in registers all along a
-    loop over tiles, which has none to spare.
+    Rows are 64-bit here, unlike in ``matmul_rows``: offsets from the tile's corner would stay in registers all along
+    the loop, which has none to spare.
     """
     o_x = start + tl.arange(0, BLOCK_X)
     o_d = tl.arange(0, PAD)

@@ -45,10 +45,10 @@ def _config(m: int, n: int, d: int, warps: int, stages: int) -> Config:
 
 
 QUERY_CONFIGS: HeadConfigs = {
-    ("sm_80", 2, 64): _config(64, 64, 64, 4, 2),
+    ("sm_80", 2, 64): _config(64, 32, 64, 4, 2),
     ("sm_80", 2, 128): _config(64, 32, 64, 8, 2),
     ("sm_80", 2, 256): _config(64, 16, 64, 8, 2),
-    ("sm_80", 4, 64): _config(32, 32, 16, 8, 2),
+    ("sm_80", 4, 64): _config(32, 16, 16, 8, 2),
     ("sm_80", 4, 128): _config(32, 16, 16, 8, 2),
     ("sm_80", 4, 256): _config(16, 16, 16, 8, 2),
     ("sm_90", 2, 64): _config(128, 64, 64, 8, 3),
