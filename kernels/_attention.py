@@ -202,7 +202,7 @@ def config_of_heads(configs: HeadConfigs, q: Tensor, v: Tensor) -> Config:
 
 def head_strides(**tensors: Tensor) -> dict[str, int]:
     """s_x (row), s_xh (head) and, of a tensor with tangents, s_xk (tangent) for each tensor x."""
-    strides = {}
+    strides: dict[str, int] = {}
     for name, x in tensors.items():
         strides |= {f"s_{name}": x.stride(-3), f"s_{name}h": x.stride(-2)}
         strides |= {f"s_{name}k": x.stride(0)} if x.dim() == 4 else {}
