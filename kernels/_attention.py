@@ -69,12 +69,12 @@ def find_block(i, p_cu_seqlens, B, BLOCK: tl.constexpr):
 def key_plan(segment, begin, start, end, p_cu_seqlens, p_parent, window, BLOCK_N: tl.constexpr):
     """The key tiles of the queries from ``start`` to ``end``: first the parent's keys, then the segment's own.
 
-    (first key and end of the parent's, their tiles, the rows between parent and segment, first own key, all tiles).
+    (tiles, (first key and end of the parent's, their tiles, the rows between parent and segment, first own key)).
     """
     own_low = tl.maximum(begin, start - window + 1)
     tiles = tl.cdiv(end - own_low, BLOCK_N)
     if p_parent is None:
-        return 0, 0, 0, 0, own_low, tiles
+        return tiles, (0, 0, 0, 0, own_low)
     else:
         parent = tl.load(p_parent + segment)
         parent_begin = tl.load(p_cu_seqlens + parent, mask=parent >= 0, other=0)
@@ -82,14 +82,13 @@ def key_plan(segment, begin, start, end, p_cu_seqlens, p_parent, window, BLOCK_N
         gap = begin - parent_end
         parent_low = tl.maximum(parent_begin, start - gap - window + 1)
         parent_tiles = tl.cdiv(tl.maximum(parent_end - parent_low, 0), BLOCK_N)
-        return parent_low, parent_end, parent_tiles, gap, own_low, parent_tiles + tiles
+        return parent_tiles + tiles, (parent_low, parent_end, parent_tiles, gap, own_low)
 
 
 @triton.jit
-def key_tile(
-    i, parent_low, parent_end, parent_tiles, gap, own_low, own_end, PARENT: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def key_tile(i, plan, own_end, PARENT: tl.constexpr, BLOCK_N: tl.constexpr):
     """(first key, end of the keys, rows between these keys' segment and the queries' that count for nothing)."""
+    parent_low, parent_end, parent_tiles, gap, own_low = plan
     if PARENT:
         own = i >= parent_tiles
         start = tl.where(own, own_low + (i - parent_tiles) * BLOCK_N, parent_low + i * BLOCK_N)

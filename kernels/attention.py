@@ -43,7 +43,7 @@ def _config(m: int, n: int, d: int, warps: int, stages: int) -> Config:
 
 
 CONFIGS: HeadConfigs = {
-    ("sm_80", 2, 64): _config(128, 64, 64, 4, 3),
+    ("sm_80", 2, 64): _config(128, 64, 64, 8, 3),
     ("sm_80", 2, 128): _config(128, 32, 128, 8, 3),
     ("sm_80", 2, 256): _config(128, 32, 64, 8, 2),
     ("sm_80", 4, 64): _config(32, 32, 16, 4, 2),
@@ -79,13 +79,12 @@ def attention_kernel(
     WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out and lse of one block of queries and one head; the blocks that see most keys come first."""
-    i_h = tl.program_id(0) % H
+    head = (tl.program_id(0) % H).to(tl.int64)
     i_m = (tl.num_programs(0) - 1 - tl.program_id(0)) // H
     segment, begin, end, start = find_block(i_m, p_cu_seqlens, B, BLOCK_M)
     if start >= end:
         return
     end = tl.minimum(end, start + BLOCK_M)
-    head = i_h.to(tl.int64)
     p_q += head * s_qh
     p_k += head // PER_GROUP * s_kh
     p_v += head // PER_GROUP * s_vh
@@ -95,13 +94,9 @@ def attention_kernel(
     b_out = tl.zeros([BLOCK_M, PAD_F], dtype=tl.float32)
     o_q = tl.arange(0, BLOCK_M)[:, None]
     o_k = tl.arange(0, BLOCK_N)[None, :]
-    parent_low, parent_end, parent_tiles, gap, own_low, tiles = key_plan(
-        segment, begin, start, end, p_cu_seqlens, p_parent, window, BLOCK_N
-    )
+    tiles, plan = key_plan(segment, begin, start, end, p_cu_seqlens, p_parent, window, BLOCK_N)
     for i in tl.range(0, tiles, disable_licm=True):
-        start_k, end_k, shift = key_tile(
-            i, parent_low, parent_end, parent_tiles, gap, own_low, end, p_parent is not None, BLOCK_N
-        )
+        start_k, end_k, shift = key_tile(i, plan, end, p_parent is not None, BLOCK_N)
         b_k = load_rows(p_k, start_k, end_k, s_k, E, BLOCK_N, PAD_E)
         b_s = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         b_s = rows_product(b_s, b_q, p_q, start, end, s_q, b_k, p_k, start_k, end_k, s_k, E, BLOCK_D)

@@ -111,13 +111,12 @@ def queries_kernel(
     WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dq and delta = grad . out of one block of queries and one head; the blocks that see most keys come first."""
-    i_h = tl.program_id(0) % H
+    head = (tl.program_id(0) % H).to(tl.int64)
     i_m = (tl.num_programs(0) - 1 - tl.program_id(0)) // H
     segment, begin, end, start = find_block(i_m, p_cu_seqlens, B, BLOCK_M)
     if start >= end:
         return
     end = tl.minimum(end, start + BLOCK_M)
-    head = i_h.to(tl.int64)
     p_q += head * s_qh
     p_grad += head * s_gradh
     p_out += head * s_outh
@@ -134,13 +133,9 @@ def queries_kernel(
     b_lse = tl.load(p_lse + o_row, mask=m_row, other=0.0) * LOG2_E
     b_dq = tl.zeros([BLOCK_M, PAD_E], dtype=tl.float32)
     o_k = tl.arange(0, BLOCK_N)[None, :]
-    parent_low, parent_end, parent_tiles, gap, own_low, tiles = key_plan(
-        segment, begin, start, end, p_cu_seqlens, p_parent, window, BLOCK_N
-    )
+    tiles, plan = key_plan(segment, begin, start, end, p_cu_seqlens, p_parent, window, BLOCK_N)
     for i in tl.range(0, tiles, disable_licm=True):
-        start_k, end_k, shift = key_tile(
-            i, parent_low, parent_end, parent_tiles, gap, own_low, end, p_parent is not None, BLOCK_N
-        )
+        start_k, end_k, shift = key_tile(i, plan, end, p_parent is not None, BLOCK_N)
         b_k = load_rows(p_k, start_k, end_k, s_k, E, BLOCK_N, PAD_E)
         b_v = load_rows(p_v, start_k, end_k, s_v, F, BLOCK_N, PAD_F)
         b_zero = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)

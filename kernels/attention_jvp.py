@@ -83,13 +83,12 @@ def attention_jvp_kernel(
     CAPPED: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dout of one tangent, block of queries and head; the first tangent's programs also write out and lse."""
-    i_h = tl.program_id(0) % H
+    head = (tl.program_id(0) % H).to(tl.int64)
     i_m = (tl.num_programs(0) - 1 - tl.program_id(0)) // H
     segment, begin, end, start = find_block(i_m, p_cu_seqlens, B, BLOCK_M)
     if start >= end:
         return
     end = tl.minimum(end, start + BLOCK_M)
-    head = i_h.to(tl.int64)
     group = head // PER_GROUP
     i_k = tl.program_id(1).to(tl.int64)
     p_q += head * s_qh
@@ -105,15 +104,10 @@ def attention_jvp_kernel(
     b_mean = tl.zeros([BLOCK_M], dtype=tl.float32)
     b_out = tl.zeros([BLOCK_M, PAD_F], dtype=tl.float32)
     b_dout = tl.zeros([BLOCK_M, PAD_F], dtype=tl.float32)
-    o_q = tl.arange(0, BLOCK_M)[:, None]
-    o_k = tl.arange(0, BLOCK_N)[None, :]
-    parent_low, parent_end, parent_tiles, gap, own_low, tiles = key_plan(
-        segment, begin, start, end, p_cu_seqlens, p_parent, window, BLOCK_N
-    )
+    o_m, o_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    tiles, plan = key_plan(segment, begin, start, end, p_cu_seqlens, p_parent, window, BLOCK_N)
     for i in tl.range(0, tiles, disable_licm=True):
-        start_k, end_k, shift = key_tile(
-            i, parent_low, parent_end, parent_tiles, gap, own_low, end, p_parent is not None, BLOCK_N
-        )
+        start_k, end_k, shift = key_tile(i, plan, end, p_parent is not None, BLOCK_N)
         b_k = load_rows(p_k, start_k, end_k, s_k, E, BLOCK_N, PAD_E)
         b_dk = load_rows(p_dk, start_k, end_k, s_dk, E, BLOCK_N, PAD_E)
         b_s = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -122,7 +116,9 @@ def attention_jvp_kernel(
         b_s = rows_product(b_s, b_q, p_q, start, end, s_q, b_k, p_k, start_k, end_k, s_k, E, BLOCK_D)
         b_c, b_slope = scores(b_s, scale, softcap, CAPPED)
         b_ds *= b_slope * scale
-        b_c = hide(b_c, -float("inf"), start - shift, start_k, end_k, window, o_q, o_k, BLOCK_M, BLOCK_N)
+        b_c = hide(
+            b_c, -float("inf"), start - shift, start_k, end_k, window, o_m[:, None], o_n[None, :], BLOCK_M, BLOCK_N
+        )
         b_p, b_factor, b_max, b_sum = online_softmax(b_c, b_max, b_sum)
         b_ds *= b_p
         b_mean = b_mean * b_factor + tl.sum(b_ds, 1)
@@ -136,8 +132,8 @@ def attention_jvp_kernel(
     store_rows(p_dout + i_k * s_doutk + head * F, start, end, H * F, b_dout, F)
     if i_k == 0:
         store_rows(p_out + head * F, start, end, H * F, b_out, F)
-        o_m = start + tl.arange(0, BLOCK_M)
-        tl.store(p_lse + o_m.to(tl.int64) * H + head, (b_max + tl.log2(b_sum)) / LOG2_E, mask=o_m < end)
+        o_row = (start + o_m).to(tl.int64) * H + head
+        tl.store(p_lse + o_row, (b_max + tl.log2(b_sum)) / LOG2_E, mask=start + o_m < end)
 
 
 def attention_jvp(

@@ -125,7 +125,6 @@ def record(family: str) -> tuple[Recorder, list[str]]:
         _call_head(modules, dtype, n=1199, v=128, k=1, full=False)
         for width in (64, 128, 256):
             _call_attention(modules, dtype, width, full=True)
-    _call_attention(modules, torch.float16, 64, full=True)
     _call_attention(modules, torch.bfloat16, 128, full=False)
     unused = [
         f"{name}.{table}[{key}]"
