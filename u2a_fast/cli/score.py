@@ -24,7 +24,7 @@ from u2a_fast.cli.session import (
 from u2a_fast.cli.signal import check_signal
 from u2a_fast.data import Negatives, Rows
 from u2a_fast.influence.derivatives import resolve_token_budget
-from u2a_fast.influence.scorer import InfluenceScorer
+from u2a_fast.influence.scorer import InfluenceScorer, ScoringReport
 from u2a_fast.manifest import RunRecord
 from u2a_fast.models.loading import load_model, model_files, resolve_device
 from u2a_fast.store import ScoreSummary, check_target, score_to_parquet, sha256_of_files
@@ -35,6 +35,9 @@ NOT_IN_FINGERPRINT = {"out", "signal_check"}
 
 SCORING: o.Group = {
     "dtype": (o.option(o.DtypeKind, "Precision of the scoring passes."), o.DtypeKind.auto),
+    "mode": (o.option(o.ModeKind, "auto, forward, reverse: exact. lowrank, layers: approximate."), o.ModeKind.auto),
+    "rank": (o.option(int, "Singular vectors kept of a matrix, for lowrank.", min=1), 16),
+    "fraction": (o.option(float | None, "Cost beyond a forward pass that layers may spend; default 0.5."), None),
     "window": (o.option(int, "Negatives between two checkpoints.", min=1), 2048),
 }
 
@@ -109,7 +112,13 @@ def _result(summary: ScoreSummary, rows: Rows, negatives: Negatives) -> dict[str
         "skipped": rows.report.bad_count + negatives.report.bad_count,
         "truncated": rows.report.truncated + negatives.report.truncated,
         "resumed_rows": summary.resumed_rows,
+        **({"scoring": _of_the_run(summary.report)} if summary.report else {}),
     }
+
+
+def _of_the_run(report: ScoringReport) -> dict[str, Any]:
+    """What holds of the whole run, not of its last window."""
+    return {name: value for name, value in report.to_dict().items() if name not in ("rows", "rescored")}
 
 
 def _warn_of_nonfinite(summary: ScoreSummary) -> None:
