@@ -36,20 +36,23 @@ def certify(approximate: np.ndarray, bound: np.ndarray, exact: Exact, k: int) ->
         (min(k, n)) positions, best first as ``best`` orders them; (n) exact scores, masked where none was asked for.
     """
     n, k = len(approximate), min(k, len(approximate))
-    upper = approximate + bound
-    upper = np.where(np.isfinite(approximate) & np.isfinite(bound), upper, np.inf)
+    promised = np.isfinite(approximate) & np.isfinite(bound)
+    upper = np.where(promised, approximate + bound, np.inf)
+    lower = np.where(promised, approximate - bound, -np.inf)  # of what is known: the score itself
     order = np.lexsort((np.arange(n), -upper))
     found = np.ma.masked_all(n, dtype=np.float64)
-    done, threshold = 0, -np.inf
-    while done < n and (done < k or upper[order[done]] >= threshold):
+    done = 0
+    while done < n:
+        threshold = np.partition(lower, n - k)[n - k]
         reaching = int((upper[order[done:]] >= threshold).sum())
-        chunk = order[done : done + max(min(reaching, max(k, _CHUNK)), k - done)]
+        if not reaching:
+            break
+        chunk = order[done : done + min(reaching, max(k, _CHUNK))]
         found[chunk] = exact(chunk)
+        lower[chunk] = np.where(np.isnan(found.data[chunk]), -np.inf, found.data[chunk])
         done += len(chunk)
-        known = np.sort(found.compressed()[~np.isnan(found.compressed())])
-        threshold = known[-k] if 0 < k <= len(known) else -np.inf
-    known_positions = np.flatnonzero(~np.ma.getmaskarray(found))
-    return known_positions[best(found.data[known_positions], k)], found
+    known = np.flatnonzero(~np.ma.getmaskarray(found))
+    return known[best(found.data[known], k)], found
 
 
 def shortlist_positions(approximate: np.ndarray, fraction: float) -> np.ndarray:
@@ -90,5 +93,5 @@ def recall_of_shortlist(listed: np.ndarray, sampled: np.ndarray, others: int) ->
     low, high = ((center + sign * width) / (1 + z * z / m) for sign in (-1, 1))
     if m == others:
         low = high = p
-    recall, worst, most = (k / (k + share * others) for share in (p, high, max(low, 0.0)))
+    recall, worst, most = (k / (k + share * others) for share in (p, max(high, p), min(max(low, 0.0), p)))
     return recall, (worst, most)
