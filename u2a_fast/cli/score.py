@@ -78,6 +78,8 @@ def score(context: typer.Context) -> None:
     write_skipped(out, rows, negatives)
     result = _result(summary, rows, negatives)
     full = result | ({"signal": signal} if signal else {})
+    if summary.report and summary.report.energy_by_parameter:
+        full["energy_by_parameter"] = dict(summary.report.energy_by_parameter)
     record.finish(full)
     _warn_of_nonfinite(summary)
     show_result(full if p["json_output"] else result, as_json=p["json_output"])
@@ -117,8 +119,9 @@ def _result(summary: ScoreSummary, rows: Rows, negatives: Negatives) -> dict[str
 
 
 def _of_the_run(report: ScoringReport) -> dict[str, Any]:
-    """What holds of the whole run, not of its last window."""
-    return {name: value for name, value in report.to_dict().items() if name not in ("rows", "rescored")}
+    """What holds of the whole run, not of its last window, in a few lines."""
+    left_out = ("rows", "rescored", "energy_by_parameter")
+    return {name: value for name, value in report.to_dict().items() if name not in left_out}
 
 
 def _warn_of_nonfinite(summary: ScoreSummary) -> None:

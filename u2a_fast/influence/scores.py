@@ -42,8 +42,9 @@ class ScoringReport:
     note: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The attributes that apply, as run.yaml has them."""
-        return {name: value for name, value in asdict(self).items() if value not in (None, {}, ())}
+        """The attributes that apply, as run.yaml has them: tuples as lists."""
+        applying = {name: value for name, value in asdict(self).items() if value not in (None, {}, ())}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in applying.items()}
 
 
 @dataclass(frozen=True)
