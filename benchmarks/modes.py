@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.rows import Row, make_row, write_rows
 from benchmarks.workloads import Workload, hh, hh_missing
 from u2a_fast import SFT, InfluenceScorer
+from u2a_fast.bench.rows import Row, make_row, write_rows
 from u2a_fast.influence.derivatives import DerivativePass
 from u2a_fast.influence.lowrank import truncate
 from u2a_fast.influence.routes import run_batches

@@ -93,7 +93,7 @@ def test_score_in_an_approximate_mode_says_so(home, tmp_path):
     printed = json.loads(run(*scoring(home, tmp_path / "out", *options)).stdout)
     assert printed["scoring"]["mode"] == "lowrank" and 0 < printed["scoring"]["energy"] < 1
     assert not read_scores(tmp_path / "out")["exact"].any()
-    outcome = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["outcome"]
+    outcome = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["result"]
     assert outcome["scoring"] == printed["scoring"] and outcome["energy_by_parameter"]
     layers = ("--no-signal-check", "--mode", "layers", "--fraction", 0.5)
     assert "scoring share: " in run(*scoring(home, tmp_path / "layers", *layers)).stdout
