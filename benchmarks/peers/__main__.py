@@ -1,0 +1,99 @@
+"""Scores the same negatives with u2a_fast and with its peers, each in a process of its own, in alternation.
+
+    python -m benchmarks.peers [--workload hh|llama-19m] [--only NAMES] [--count N] [--rounds 5] [--out rows.jsonl]
+
+One unit is a length-sorted forward pass over the same examples, run in every round beside the others. Nothing is
+written unless the exact modes of u2a_fast agree with float64 autograd in this very run; what cannot be installed, fails
+or gives scores that it should not, is a row with its error. Environments are made where they are missing.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.peers.contestants import CONTESTANTS
+from benchmarks.peers.environments import FOLDER
+from benchmarks.peers.measure import GateError, Settings, measure
+from benchmarks.peers.task import Task
+from benchmarks.rows import Row, write_rows
+from benchmarks.workloads import Workload, hh, hh_missing, random_examples, random_llama
+
+WORKLOADS = ("hh", "llama-19m")
+COUNTS = {"hh": 200, "llama-19m": 64}
+OTHERS = 8  # examples whose mean answer NLL the direction is the gradient of
+
+
+def make_task(name: str, count: int | None) -> Task:
+    """The workload ``name`` with its first ``count`` negatives."""
+    count = count or COUNTS[name]
+    if name == "hh":
+        workload = hh(count)
+    else:
+        sizes = {"tokens": 128, "vocabulary": 16000}
+        model = random_llama(hidden=384, layers=8, ffn=1024, heads=6, kv_heads=2, vocabulary=16000)
+        examples, others = (random_examples(n, seed=s, **sizes) for n, s in ((count, 1), (OTHERS, 2)))
+        workload = Workload(name, model, examples, others)
+    workload = replace(workload, others=workload.others[:OTHERS])
+    return Task(workload.model, workload.examples, workload.others, workload.direction())
+
+
+def _report(row: Row) -> None:
+    name = row["case"]
+    if row["error"]:
+        print(f"  {name:<28} {row['error']}", flush=True)
+        return
+    agreement = ", ".join(f"{what} {value:.4f}" for what, value in row.get("spearman", {}).items())
+    p20, p50, p80 = row["units"]
+    error = f"error {row['relative_error']:.1e}, " if "relative_error" in row else ""
+    print(
+        f"  {name:<28} {p50:6.2f} units ({p20:.2f} to {p80:.2f}), {row['examples_per_second']:8.2f}/s, "
+        f"{row['peak_mib'] or 0:6.0f} MiB, {error}Spearman: {agreement or '-'}, {row['lines']} lines",
+        flush=True,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 1 if a gate failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", choices=WORKLOADS)
+    parser.add_argument("--only", help="names of contestants, separated by commas; the forward pass always runs")
+    parser.add_argument("--count", type=int, help=f"negatives to score (default: {COUNTS})")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--patience", type=float, default=600, help="seconds that one run may take")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where environments, tasks and logs go")
+    parser.add_argument("--out", type=Path, help="merge the rows into this file")
+    options = parser.parse_args(argv)
+    names = [contestant.name for contestant in CONTESTANTS]
+    chosen = options.only.split(",") if options.only else names
+    if unknown := set(chosen) - set(names):
+        parser.error(f"expected names out of {', '.join(names)}, got {', '.join(sorted(unknown))}")
+    contestants = [c for c in CONTESTANTS if c.name in {"forward", *chosen}]
+    torch.set_num_threads(options.threads)
+    settings = Settings(options.folder.resolve(), options.rounds, options.threads, options.patience)
+    failed = False
+    for name in [options.workload] if options.workload else WORKLOADS:
+        if name == "hh" and (reason := hh_missing()):
+            print(f"hh: skipped, {reason}")
+            continue
+        task = make_task(name, options.count)
+        print(f"{name}: {len(task.examples)} negatives", flush=True)
+        try:
+            rows = measure(name, task, contestants, settings)
+        except GateError as error:
+            print(f"GATE FAILED, nothing written: {error}", flush=True)
+            failed = True
+            continue
+        for row in rows:
+            _report(row)
+        if options.out:
+            write_rows(options.out, rows)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
