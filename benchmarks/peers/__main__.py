@@ -1,8 +1,9 @@
 """Scores the same negatives with u2a_fast and with its peers, each in a process of its own, in alternation.
 
-    python -m benchmarks.peers [--workload hh|llama-19m] [--only NAMES] [--count N] [--rounds 5] [--out rows.jsonl]
+    python -m benchmarks.peers [--workload hh|llama-19m] [--only NAMES] [--count N] [--rounds 5] [--write]
 
-One unit is a length-sorted forward pass over the same examples, run in every round beside the others. Nothing is
+Everybody scores all negatives once, which is judged and not timed, then some of them in every round. One unit is a
+length-sorted forward pass over the same examples in the same round. Nothing is
 written unless the exact modes of u2a_fast agree with float64 autograd in this very run; what cannot be installed, fails
 or gives scores that it should not, is a row with its error. Environments are made where they are missing.
 """
@@ -15,15 +16,17 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import tables
 from benchmarks.peers.contestants import CONTESTANTS
 from benchmarks.peers.environments import FOLDER
 from benchmarks.peers.measure import GateError, Settings, measure
 from benchmarks.peers.task import Task
-from benchmarks.rows import Row, write_rows
+from benchmarks.rows import Row, results_file, write_rows
 from benchmarks.workloads import Workload, hh, hh_missing, random_examples, random_llama
 
 WORKLOADS = ("hh", "llama-19m")
-COUNTS = {"hh": 200, "llama-19m": 64}
+COUNTS = {"hh": 200, "llama-19m": 32}
+TIMED = {"hh": 48, "llama-19m": 24}
 OTHERS = 8  # examples whose mean answer NLL the direction is the gradient of
 
 
@@ -62,11 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workload", choices=WORKLOADS)
     parser.add_argument("--only", help="names of contestants, separated by commas; the forward pass always runs")
     parser.add_argument("--count", type=int, help=f"negatives to score (default: {COUNTS})")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--timed", type=int, help=f"negatives of each timed run (default: {TIMED})")
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs, after one over all negatives")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--patience", type=float, default=600, help="seconds that one run may take")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where environments, tasks and logs go")
     parser.add_argument("--out", type=Path, help="merge the rows into this file")
+    parser.add_argument("--write", action="store_true", help="merge them into the committed ones and write the tables")
     options = parser.parse_args(argv)
     names = [contestant.name for contestant in CONTESTANTS]
     chosen = options.only.split(",") if options.only else names
@@ -74,14 +79,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"expected names out of {', '.join(names)}, got {', '.join(sorted(unknown))}")
     contestants = [c for c in CONTESTANTS if c.name in {"forward", *chosen}]
     torch.set_num_threads(options.threads)
-    settings = Settings(options.folder.resolve(), options.rounds, options.threads, options.patience)
     failed = False
     for name in [options.workload] if options.workload else WORKLOADS:
         if name == "hh" and (reason := hh_missing()):
             print(f"hh: skipped, {reason}")
             continue
         task = make_task(name, options.count)
-        print(f"{name}: {len(task.examples)} negatives", flush=True)
+        timed = min(len(task.examples), options.timed or TIMED[name])
+        settings = Settings(options.folder.resolve(), options.rounds, timed, options.threads, options.patience)
+        print(f"{name}: {len(task.examples)} negatives, {timed} of them timed", flush=True)
         try:
             rows = measure(name, task, contestants, settings)
         except GateError as error:
@@ -90,8 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         for row in rows:
             _report(row)
-        if options.out:
-            write_rows(options.out, rows)
+        for path in [options.out] * bool(options.out) + [results_file(rows[0])] * options.write:
+            write_rows(path, rows)
+    if options.write:
+        tables.main([])
     return int(failed)
 
 

@@ -1,6 +1,6 @@
 """Rounds in which contestants take turns, and the rows that come of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from benchmarks.peers.adapters import u2a_fast as ours
 from benchmarks.peers.contestants import Contestant, user_code_lines
@@ -29,10 +30,11 @@ class GateError(RuntimeError):
 
 @dataclass(frozen=True)
 class Settings:
-    """Where, how often, on how many CPU threads, and how many seconds one run may take."""
+    """Where, how many rounds over how many examples, on how many CPU threads, and the seconds one run may take."""
 
     folder: Path
     rounds: int
+    timed: int
     threads: int
     patience: float
 
@@ -43,12 +45,19 @@ class Entry:
 
     contestant: Contestant
     count: int
+    timed: int
     worker: Worker | None = None
     error: str | None = None
     judged: dict[str, Any] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     units: list[float] = field(default_factory=list)  # seconds of a forward pass in the same rounds
     memory: dict[str, float | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, contestant: Contestant, total: int, timed: int) -> "Entry":
+        """Its share, at least a batch, of the ``total`` examples to judge and of the ``timed`` ones."""
+        judged, timed = (min(total, max(BATCH, round(n * contestant.share))) for n in (total, timed))
+        return cls(contestant, judged, timed)
 
     def retire(self, error: str | None = None) -> None:
         """End its process."""
@@ -74,7 +83,6 @@ def _start(entry: Entry, folder: Path, settings: Settings) -> None:
         entry.worker = Worker(
             contestant, environment.python, folder, log, threads=settings.threads, patience=settings.patience
         )
-        entry.worker.run(min(BATCH, entry.count))  # warm
     except WorkerError as error:
         entry.retire(str(error))
 
@@ -92,7 +100,7 @@ def _turn(entry: Entry, count: int) -> dict[str, Any] | None:
     return answer
 
 
-def _judge(entry: Entry, scores: list[float], truth: dict[str, Any]) -> None:
+def _judge(entry: Entry, scores: list[float], truth: dict[str, Tensor]) -> None:
     """Take what the first scores are worth; GateError where exact ones of u2a_fast are wrong."""
     contestant = entry.contestant
     try:
@@ -112,28 +120,48 @@ def _judge(entry: Entry, scores: list[float], truth: dict[str, Any]) -> None:
         entry.retire(f"Spearman against float64 autograd {ranking:.4f}, below {contestant.ranking}")
 
 
-def _round(entries: list[Entry], truth: dict[str, Any], number: int) -> None:
-    active = [entry for entry in entries if entry.worker is not None and number < entry.contestant.rounds]
-    unit = next(entry for entry in active if entry.contestant.name == "forward")
+def _forward(unit: Entry, counts: set[int]) -> dict[int, float]:
+    """Seconds of a forward pass over each number of examples, the largest first."""
+    seconds = {}
+    for count in sorted(counts, reverse=True):
+        answer = _turn(unit, count)
+        if answer is None:
+            raise GateError(f"the forward pass failed: {unit.error}")
+        seconds[count] = answer["seconds"]
+    return seconds
+
+
+def _round(entries: Sequence[Entry], size: Callable[[Entry], int]) -> dict[str, list[float]]:
+    """One run of everybody: first scores by name, and the times beside those of as many examples' forward pass."""
+    scores = {}
+    counts = {size(entry) for entry in entries}
     forward: dict[int, float] = {}
-    answers: dict[str, dict[str, Any]] = {}
-    for entry in active[:: 1 if number % 2 == 0 else -1]:
-        for count in sorted({e.count for e in active}) if entry is unit else [entry.count]:
-            answer = _turn(entry, count)
-            if answer is not None and entry is unit:
-                forward[count] = answer["seconds"]
-            if answer is not None and count == entry.count:
-                answers[entry.contestant.name] = answer
-    if unit.worker is None:
-        raise GateError(f"the forward pass failed: {unit.error}")
-    for entry in active:
-        if answer := answers.get(entry.contestant.name):
+    for entry in entries:
+        if entry.contestant.name == "forward":
+            forward = _forward(entry, counts)
+            entry.seconds.append(forward[size(entry)])
+            entry.units.append(forward[size(entry)])
+        elif (answer := _turn(entry, size(entry))) is not None:
+            scores[entry.contestant.name] = answer["scores"]
             entry.seconds.append(answer["seconds"] - answer["query_seconds"])
-            entry.units.append(forward[entry.count])
-            if number == 0:
-                _judge(entry, answer["scores"], truth)
-        if number + 1 == entry.contestant.rounds:
+    for entry in entries:
+        if len(entry.seconds) > len(entry.units):
+            entry.units.append(forward[size(entry)])
+    return scores
+
+
+def _first(entries: Sequence[Entry], truth: dict[str, Tensor]) -> None:
+    """Everybody scores all examples: scores are judged, and the time counts only for those that take no more turns."""
+    active = [entry for entry in entries if entry.worker is not None]
+    scores = _round(active, lambda entry: entry.count)
+    for entry in active:
+        if entry.contestant.name in scores:
+            _judge(entry, scores[entry.contestant.name], truth)
+        if entry.contestant.rounds == 0:
+            entry.timed = entry.count
             entry.retire()
+        else:
+            entry.seconds, entry.units = [], []
 
 
 def measure(name: str, task: Task, contestants: Sequence[Contestant], settings: Settings) -> list[Row]:
@@ -146,16 +174,17 @@ def measure(name: str, task: Task, contestants: Sequence[Contestant], settings: 
     folder.mkdir(parents=True, exist_ok=True)
     task.save(folder)
     truth = truths(task)
-    total = len(task.examples)
-    entries = [Entry(c, min(total, max(BATCH, round(total * c.share)))) for c in contestants if _in_this_version(c)]
+    entries = [Entry.of(c, len(task.examples), settings.timed) for c in contestants if _in_this_version(c)]
     with ExitStack() as stack:
         for entry in entries:
             stack.callback(entry.retire)
         with ThreadPoolExecutor(STARTING) as pool:
             list(pool.map(lambda entry: _start(entry, folder, settings), entries))
+        _first(entries, truth)
         for number in range(settings.rounds):
-            _round(entries, truth, number)
-    passed = [e.judged["relative_error"] for e in entries if e.contestant.ours and e.contestant.exact]
+            active = [e for e in entries if e.worker is not None and number < e.contestant.rounds]
+            _round(active[:: 1 if number % 2 == 0 else -1], lambda entry: entry.timed)
+    passed = [e.judged["relative_error"] for e in entries if e.contestant.ours and e.contestant.exact and e.judged]
     if not passed:
         raise GateError("no exact mode of u2a_fast took part")
     gate = f"exact float32 scores of u2a_fast within {max(passed):.1e} (relative) of float64 autograd in this run"
@@ -174,11 +203,12 @@ def _row(workload: str, task: Task, entry: Entry, gate: str) -> Row:
     if entry.error is None:
         seconds = float(np.median(entry.seconds))
         values |= {
-            "examples": entry.count,
-            "tokens": sum(len(example["input_ids"]) for example in task.examples[: entry.count]),
+            "judged_examples": entry.count,
+            "examples": entry.timed,
+            "tokens": sum(len(example["input_ids"]) for example in task.examples[: entry.timed]),
             "rounds": len(entry.seconds),
             "seconds": seconds,
-            "examples_per_second": entry.count / seconds,
+            "examples_per_second": entry.timed / seconds,
             "units": ratios(entry.seconds, entry.units).to_list(),
             "lines": user_code_lines(contestant),
         }

@@ -19,14 +19,16 @@ SKETCH = 1024
 Side = Callable[[Tensor], Tensor]  # (..., width) -> (..., RANK)
 
 
-def _projected(task: Task, sides: Callable[[nn.Linear], tuple[Side, Side]], sketches: Callable[[], Side]) -> Scorer:
+def _projected(task: Task, sides: Callable[[nn.Linear], tuple[Side, Side]], sketches: Callable[[int], Side]) -> Scorer:
     model = task.model.requires_grad_(False)
     # user code: logra grass grass_sjlt
     parts: list[Tensor] = []
 
     def watch(layer: nn.Linear, v: Tensor) -> None:
-        (left, right), sketch = sides(layer), sketches()
-        wanted = sketch(right(left(v.T).T).flatten())
+        left, right = sides(layer)
+        kept = right(left(v.T).T).flatten()
+        sketch = sketches(len(kept))
+        wanted = sketch(kept)
 
         def hook(module: nn.Module, inputs: tuple[Tensor], out: Tensor) -> None:
             x = right(inputs[0].detach())
@@ -55,7 +57,7 @@ def logra(task: Task) -> Scorer:
         out, inside = (torch.randn(width, RANK) / RANK**0.5 for width in layer.weight.shape)
         return (lambda g: g @ out), (lambda x: x @ inside)
 
-    return _projected(task, sides, lambda: lambda flat: flat)
+    return _projected(task, sides, lambda size: lambda flat: flat)
     # end
 
 
@@ -70,8 +72,8 @@ def grass(task: Task) -> Scorer:
     """Random coordinates on both sides, then a sparse sketch with one entry a column, in PyTorch."""
 
     # user code: grass
-    def sketches() -> Side:
-        row, sign = torch.randint(SKETCH, (RANK**2,)), torch.randint(2, (RANK**2,)) * 2.0 - 1
+    def sketches(size: int) -> Side:
+        row, sign = torch.randint(SKETCH, (size,)), torch.randint(2, (size,)) * 2.0 - 1
         return lambda flat: flat.new_zeros(*flat.shape[:-1], SKETCH).index_add_(-1, row, flat * sign)
 
     return _projected(task, _coordinates, sketches)
@@ -83,9 +85,9 @@ def grass_sjlt(task: Task) -> Scorer:
     # user code: grass_sjlt
     from sjlt import SJLTProjection  # in this contestant's environment only
 
-    def sketches() -> Side:
-        sketch = SJLTProjection(RANK**2, SKETCH, 1)
-        return lambda flat: sketch(flat.reshape(-1, RANK**2)).reshape(*flat.shape[:-1], SKETCH)
+    def sketches(size: int) -> Side:
+        sketch = SJLTProjection(size, SKETCH, 1)
+        return lambda flat: sketch(flat.reshape(-1, size)).reshape(*flat.shape[:-1], SKETCH)
 
     return _projected(task, _coordinates, sketches)
     # end
