@@ -23,7 +23,7 @@ __all__ = ["TABLES", "main", "render"]
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
-EMPTY = "No results yet: `make bench` measures, and writes them here.\n"
+EMPTY = "No results yet: `make bench` and `make peers` measure, and write them here.\n"
 CONTESTANTS = {
     "forward": "forward pass, LM head on every token (the unit)",
     "forward_answer": "forward pass, LM head on answer tokens",
@@ -152,7 +152,18 @@ def _memory(rows: list[Row]) -> str:
 
 
 def _peers(rows: list[Row]) -> str:
-    header = ("what runs", "units", "examples/s", "peak MiB", "error", "Spearman", "of linears", "Pearson", "lines")
+    header = (
+        "what runs",
+        "units",
+        "CPU time",
+        "examples/s",
+        "peak MiB",
+        "error",
+        "Spearman",
+        "of linears",
+        "Pearson",
+        "lines",
+    )
     parts = []
     for workload, group in groupby(sorted(rows, key=lambda row: row["workload"]), key=lambda row: row["workload"]):
         mine = list(group)
@@ -186,6 +197,7 @@ def _peer(row: Row) -> tuple[str, ...]:
     return (
         name,
         f"{rate:.2f} ({low:.2f} to {high:.2f})",
+        f"{row['cpu_units'][1]:.2f}",
         f"{row['examples_per_second']:.2f}",
         peak,
         *agreement,

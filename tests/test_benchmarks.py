@@ -239,7 +239,7 @@ def test_tables_from_rows(tmp_path: Path, scoring_row: Row, capsys: pytest.Captu
     assert tables.main(["--check"], pages=[page], results=rows) == 0
     text = page.read_text()
     assert "public U2A procedure, padded" in text and "| 9 | 3 | 4 |" in text and "at most 3.2" in text
-    assert "| **u2a_fast, reverse** | 3.00 (2.90 to 3.20) |" in text and "* other (thing 1.0): it broke" in text
+    assert "| **u2a_fast, reverse** | 3.00 (2.90 to 3.20) | 2.50 |" in text and "* other (thing 1.0): it broke" in text
     assert text.count(tables.EMPTY) == 1, "only the GPU has no rows"
     with pytest.raises(ValueError, match="expected a table out of"):
         tables.render("<!-- table: other -->\n<!-- /table -->", [])
@@ -247,7 +247,13 @@ def test_tables_from_rows(tmp_path: Path, scoring_row: Row, capsys: pytest.Captu
 
 def _peer_rows() -> list[dict[str, Any]]:
     common = {"workload": "tiny", "parameters": 1000, "package": None, "error": None, "judged_examples": 9}
-    timed = {"examples_per_second": 2.0, "units": [2.9, 3.0, 3.2], "peak_mib": 5.0, "lines": 4}
+    timed = {
+        "examples_per_second": 2.0,
+        "units": [2.9, 3.0, 3.2],
+        "cpu_units": [2.0, 2.5, 3.0],
+        "peak_mib": 5.0,
+        "lines": 4,
+    }
     agreement = {"truth": "all", "relative_error": 1e-6, "pearson": {"all": 1.0}, "spearman": {"all": 1.0}}
     return [
         common | timed | {"label": "forward pass"},

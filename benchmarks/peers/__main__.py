@@ -51,9 +51,10 @@ def _report(row: Row) -> None:
         return
     agreement = ", ".join(f"{what} {value:.4f}" for what, value in row.get("spearman", {}).items())
     p20, p50, p80 = row["units"]
+    cpu, rate = row["cpu_units"][1], row["examples_per_second"]
     error = f"error {row['relative_error']:.1e}, " if "relative_error" in row else ""
     print(
-        f"  {name:<28} {p50:6.2f} units ({p20:.2f} to {p80:.2f}), {row['examples_per_second']:8.2f}/s, "
+        f"  {name:<28} {p50:6.2f} units ({p20:.2f} to {p80:.2f}; CPU {cpu:.2f}), {rate:8.2f}/s, "
         f"{row['peak_mib'] or 0:6.0f} MiB, {error}Spearman: {agreement or '-'}, {row['lines']} lines",
         flush=True,
     )

@@ -24,6 +24,7 @@ class Contestant:
         ranking: the least Spearman correlation with the truth; below it scores are no result either.
         share: the part of the examples that it is run on, for what takes too long.
         rounds: the most rounds that it takes part in; 0 where its first, cold run is its time.
+        largest: parameters of the largest model that it is run on.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Contestant:
     ranking: float = -1.0
     share: float = 1.0
     rounds: int = 1000
+    largest: int = 1 << 40
 
     @property
     def ours(self) -> bool:
@@ -78,6 +80,7 @@ CONTESTANTS: tuple[Contestant, ...] = (
         truth="all",
         share=0.08,
         rounds=0,
+        largest=10_000_000,
     ),
     _approximate(
         "traker",

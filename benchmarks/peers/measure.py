@@ -21,6 +21,7 @@ from benchmarks.timing import ratios
 
 __all__ = ["GateError", "Settings", "measure"]
 
+CLOCKS = ("seconds", "cpu_seconds")
 STARTING = 2  # processes that load at a time
 
 
@@ -49,8 +50,8 @@ class Entry:
     worker: Worker | None = None
     error: str | None = None
     judged: dict[str, Any] = field(default_factory=dict)
-    seconds: list[float] = field(default_factory=list)
-    units: list[float] = field(default_factory=list)  # seconds of a forward pass in the same rounds
+    times: dict[str, list[float]] = field(default_factory=lambda: {clock: [] for clock in CLOCKS})
+    units: dict[str, list[float]] = field(default_factory=lambda: {clock: [] for clock in CLOCKS})  # of a forward pass
     memory: dict[str, float | None] = field(default_factory=dict)
 
     @classmethod
@@ -72,8 +73,11 @@ def _in_this_version(contestant: Contestant) -> bool:
     return not contestant.ours or mode == "ghost_norm" or mode in ours.modes()
 
 
-def _start(entry: Entry, folder: Path, settings: Settings) -> None:
+def _start(entry: Entry, task: Task, folder: Path, settings: Settings) -> None:
     contestant = entry.contestant
+    if sum(p.numel() for p in task.model.parameters()) > contestant.largest:
+        entry.error = f"not run: minutes a batch above {contestant.largest / 1e6:g} M parameters"
+        return
     environment = prepare(contestant.environment, settings.folder)
     if environment.error is not None or not contestant.adapter:
         entry.error = environment.error or "installs here, but where this was written it did not: no adapter"
@@ -120,34 +124,33 @@ def _judge(entry: Entry, scores: list[float], truth: dict[str, Tensor]) -> None:
         entry.retire(f"Spearman against float64 autograd {ranking:.4f}, below {contestant.ranking}")
 
 
-def _forward(unit: Entry, counts: set[int]) -> dict[int, float]:
-    """Seconds of a forward pass over each number of examples, the largest first."""
-    seconds = {}
+def _forward(unit: Entry, counts: set[int]) -> dict[int, dict[str, Any]]:
+    """A forward pass over each number of examples, the largest first."""
+    answers = {}
     for count in sorted(counts, reverse=True):
         answer = _turn(unit, count)
         if answer is None:
             raise GateError(f"the forward pass failed: {unit.error}")
-        seconds[count] = answer["seconds"]
-    return seconds
+        answers[count] = answer
+    return answers
 
 
 def _round(entries: Sequence[Entry], size: Callable[[Entry], int]) -> dict[str, list[float]]:
-    """One run of everybody: first scores by name, and the times beside those of as many examples' forward pass."""
-    scores = {}
-    counts = {size(entry) for entry in entries}
-    forward: dict[int, float] = {}
+    """One run of everybody: scores by name; times go beside those of a forward pass over as many examples."""
+    answers: dict[str, dict[str, Any] | None] = {}
+    forward: dict[int, dict[str, Any]] = {}
     for entry in entries:
         if entry.contestant.name == "forward":
-            forward = _forward(entry, counts)
-            entry.seconds.append(forward[size(entry)])
-            entry.units.append(forward[size(entry)])
-        elif (answer := _turn(entry, size(entry))) is not None:
-            scores[entry.contestant.name] = answer["scores"]
-            entry.seconds.append(answer["seconds"] - answer["query_seconds"])
+            forward = _forward(entry, {size(e) for e in entries})
+            answers["forward"] = forward[size(entry)]
+        else:
+            answers[entry.contestant.name] = _turn(entry, size(entry))
     for entry in entries:
-        if len(entry.seconds) > len(entry.units):
-            entry.units.append(forward[size(entry)])
-    return scores
+        if (answer := answers[entry.contestant.name]) is not None:
+            for clock in CLOCKS:
+                entry.times[clock].append(answer[clock])
+                entry.units[clock].append(forward[size(entry)][clock])
+    return {name: answer["scores"] for name, answer in answers.items() if answer is not None}
 
 
 def _first(entries: Sequence[Entry], truth: dict[str, Tensor]) -> None:
@@ -161,7 +164,8 @@ def _first(entries: Sequence[Entry], truth: dict[str, Tensor]) -> None:
             entry.timed = entry.count
             entry.retire()
         else:
-            entry.seconds, entry.units = [], []
+            for clock in CLOCKS:
+                entry.times[clock], entry.units[clock] = [], []
 
 
 def measure(name: str, task: Task, contestants: Sequence[Contestant], settings: Settings) -> list[Row]:
@@ -179,7 +183,7 @@ def measure(name: str, task: Task, contestants: Sequence[Contestant], settings: 
         for entry in entries:
             stack.callback(entry.retire)
         with ThreadPoolExecutor(STARTING) as pool:
-            list(pool.map(lambda entry: _start(entry, folder, settings), entries))
+            list(pool.map(lambda entry: _start(entry, task, folder, settings), entries))
         _first(entries, truth)
         for number in range(settings.rounds):
             active = [e for e in entries if e.worker is not None and number < e.contestant.rounds]
@@ -201,15 +205,16 @@ def _row(workload: str, task: Task, entry: Entry, gate: str) -> Row:
         "parameters": sum(p.numel() for p in task.model.parameters()),
     }
     if entry.error is None:
-        seconds = float(np.median(entry.seconds))
+        seconds = float(np.median(entry.times["seconds"]))
         values |= {
             "judged_examples": entry.count,
             "examples": entry.timed,
             "tokens": sum(len(example["input_ids"]) for example in task.examples[: entry.timed]),
-            "rounds": len(entry.seconds),
+            "rounds": len(entry.times["seconds"]),
             "seconds": seconds,
             "examples_per_second": entry.timed / seconds,
-            "units": ratios(entry.seconds, entry.units).to_list(),
+            "units": ratios(entry.times["seconds"], entry.units["seconds"]).to_list(),
+            "cpu_units": ratios(entry.times["cpu_seconds"], entry.units["cpu_seconds"]).to_list(),
             "lines": user_code_lines(contestant),
         }
         values |= entry.memory | entry.judged

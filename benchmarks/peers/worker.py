@@ -2,8 +2,8 @@
 
     python -m benchmarks.peers.worker FOLDER ADAPTER MODE THREADS
 
-Reads ``run COUNT`` lines and answers each with one line of JSON: seconds, peak memory and the scores of the first COUNT
-examples. Whatever a library prints goes to standard error.
+Reads ``run COUNT`` lines and answers each with one line of JSON: seconds by the clock and of CPU time, peak memory and
+the scores of the first COUNT examples. Whatever a library prints goes to standard error.
 """
 
 import ctypes
@@ -49,19 +49,24 @@ def _peak(before: float) -> dict[str, float | None]:
     return {"peak_mib": peak, "rise_mib": peak - before, "device_mib": device}
 
 
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
 def _run(score: Scorer, examples: list[Example]) -> dict[str, Any]:
     before = _settle()
-    start = time.perf_counter()
+    start = _clocks()
     scores = score(examples).tolist()
-    seconds = time.perf_counter() - start
+    end = _clocks()
     memory = _peak(before)
-    # What a query costs however many negatives follow is timed beside the run, and taken off by the parent.
+    # What a query costs however many negatives follow is timed beside the run, and taken off.
     query = getattr(score, "query", None)
-    start = time.perf_counter()
+    query_start = _clocks()
     if query is not None:
         query()
-    query_seconds = time.perf_counter() - start
-    return {"seconds": seconds, "query_seconds": query_seconds, "scores": scores} | memory
+    query_end = _clocks()
+    spent = [(e - s) - (qe - qs) for s, e, qs, qe in zip(start, end, query_start, query_end, strict=True)]
+    return {"seconds": spent[0], "cpu_seconds": spent[1], "scores": scores} | memory
 
 
 def _reply(channel: TextIO, answer: dict[str, Any]) -> None:
