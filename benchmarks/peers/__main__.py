@@ -3,9 +3,9 @@
     python -m benchmarks.peers [--workload hh|llama-19m] [--only NAMES] [--count N] [--rounds 5] [--write]
 
 Everybody scores all negatives once, which is judged and not timed, then some of them in every round. One unit is a
-length-sorted forward pass over the same examples in the same round. Nothing is
-written unless the exact modes of u2a_fast agree with float64 autograd in this very run; what cannot be installed, fails
-or gives scores that it should not, is a row with its error. Environments are made where they are missing.
+length-sorted forward pass over the same examples in the same round. Nothing is written unless the exact modes of
+u2a_fast agree with float64 autograd in this very run; what cannot be installed, fails or gives scores that it should
+not, is a row with its error. Environments are made where they are missing. CPU only.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 from benchmarks import tables
 from benchmarks.peers.contestants import CONTESTANTS
 from benchmarks.peers.environments import FOLDER
-from benchmarks.peers.measure import GateError, Settings, measure
+from benchmarks.peers.measure import GateError, Settings, in_this_version, measure
 from benchmarks.peers.task import Task
 from benchmarks.rows import Row, results_file, write_rows
 from benchmarks.workloads import Workload, hh, hh_missing, random_examples, random_llama
@@ -27,6 +27,7 @@ from benchmarks.workloads import Workload, hh, hh_missing, random_examples, rand
 WORKLOADS = ("hh", "llama-19m")
 COUNTS = {"hh": 200, "llama-19m": 32}
 TIMED = {"hh": 48, "llama-19m": 24}
+ALWAYS = ("forward", "u2a_fast-reverse")  # the unit and the gate
 OTHERS = 8  # examples whose mean answer NLL the direction is the gradient of
 
 
@@ -60,11 +61,12 @@ def _report(row: Row) -> None:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 1 if a gate failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workload", choices=WORKLOADS)
-    parser.add_argument("--only", help="names of contestants, separated by commas; the forward pass always runs")
+    parser.add_argument("--only", help=f"names of contestants, separated by commas; {' and '.join(ALWAYS)} run anyway")
     parser.add_argument("--count", type=int, help=f"negatives to score (default: {COUNTS})")
     parser.add_argument("--timed", type=int, help=f"negatives of each timed run (default: {TIMED})")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs, after one over all negatives")
@@ -73,12 +75,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where environments, tasks and logs go")
     parser.add_argument("--out", type=Path, help="merge the rows into this file")
     parser.add_argument("--write", action="store_true", help="merge them into the committed ones and write the tables")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 1 if a gate failed."""
+    parser = _parser()
     options = parser.parse_args(argv)
     names = [contestant.name for contestant in CONTESTANTS]
     chosen = options.only.split(",") if options.only else names
     if unknown := set(chosen) - set(names):
         parser.error(f"expected names out of {', '.join(names)}, got {', '.join(sorted(unknown))}")
-    contestants = [c for c in CONTESTANTS if c.name in {"forward", *chosen}]
+    contestants = [c for c in CONTESTANTS if c.name in {*ALWAYS, *chosen}]
+    if absent := [c.name for c in contestants if not in_this_version(c)]:
+        print(f"not in this version of u2a_fast: {', '.join(absent)}")
     torch.set_num_threads(options.threads)
     failed = False
     for name in [options.workload] if options.workload else WORKLOADS:

@@ -65,7 +65,7 @@ CONTESTANTS: tuple[Contestant, ...] = (
     Contestant("public_padded", "public U2A procedure, padded to 256", "plain", "public_padded", rounds=3),
     Contestant("public", "public U2A procedure, unpadded", "plain", "public"),
     Contestant("torch-jvp", "torch.func.jvp, eager attention", "plain", "forward_jvp"),
-    Contestant("torch-vmap", "torch.func vmap(grad)", "plain", "vmap_grad"),
+    Contestant("torch-vmap", "torch.func vmap(grad)", "plain", "vmap_grad", rounds=3),
     Contestant("bergson", "bergson, unprojected", "bergson", "unprojected", "bergson", "linears"),
     Contestant("bergson-jvp", 'bergson, token_influence="output"', "bergson", "output", "bergson", "linears"),
     _approximate("bergson-16", "bergson, projection_dim 16", "bergson", "projected", "bergson"),

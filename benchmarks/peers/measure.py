@@ -12,14 +12,14 @@ from torch import Tensor
 
 from benchmarks.peers.adapters import u2a_fast as ours
 from benchmarks.peers.contestants import Contestant, user_code_lines
-from benchmarks.peers.environments import PACKAGES, prepare
+from benchmarks.peers.environments import PACKAGES, Environment, prepare
 from benchmarks.peers.process import Worker, WorkerError
 from benchmarks.peers.task import BATCH, Task
 from benchmarks.peers.truth import AGREEMENT, judge, truths
 from benchmarks.rows import Row, make_row
 from benchmarks.timing import ratios
 
-__all__ = ["GateError", "Settings", "measure"]
+__all__ = ["GateError", "Settings", "in_this_version", "measure"]
 
 CLOCKS = ("seconds", "cpu_seconds")
 STARTING = 2  # processes that load at a time
@@ -68,17 +68,14 @@ class Entry:
             self.worker = None
 
 
-def _in_this_version(contestant: Contestant) -> bool:
+def in_this_version(contestant: Contestant) -> bool:
+    """Whether it is another library, or a mode that this version of u2a_fast has."""
     mode = contestant.mode.removesuffix("_bf16")
     return not contestant.ours or mode == "ghost_norm" or mode in ours.modes()
 
 
-def _start(entry: Entry, task: Task, folder: Path, settings: Settings) -> None:
+def _start(entry: Entry, environment: Environment, folder: Path, settings: Settings) -> None:
     contestant = entry.contestant
-    if sum(p.numel() for p in task.model.parameters()) > contestant.largest:
-        entry.error = f"not run: minutes a batch above {contestant.largest / 1e6:g} M parameters"
-        return
-    environment = prepare(contestant.environment, settings.folder)
     if environment.error is not None or not contestant.adapter:
         entry.error = environment.error or "installs here, but where this was written it did not: no adapter"
         return
@@ -89,6 +86,19 @@ def _start(entry: Entry, task: Task, folder: Path, settings: Settings) -> None:
         )
     except WorkerError as error:
         entry.retire(str(error))
+
+
+def _start_all(entries: Sequence[Entry], task: Task, folder: Path, settings: Settings) -> None:
+    environments = {name: prepare(name, settings.folder) for name in {e.contestant.environment for e in entries}}
+    size = sum(p.numel() for p in task.model.parameters())
+    able = []
+    for entry in entries:
+        if size > entry.contestant.largest:
+            entry.error = f"not run: minutes a batch above {entry.contestant.largest / 1e6:g} M parameters"
+        else:
+            able.append(entry)
+    with ThreadPoolExecutor(STARTING) as pool:
+        list(pool.map(lambda entry: _start(entry, environments[entry.contestant.environment], folder, settings), able))
 
 
 def _turn(entry: Entry, count: int) -> dict[str, Any] | None:
@@ -178,12 +188,11 @@ def measure(name: str, task: Task, contestants: Sequence[Contestant], settings: 
     folder.mkdir(parents=True, exist_ok=True)
     task.save(folder)
     truth = truths(task)
-    entries = [Entry.of(c, len(task.examples), settings.timed) for c in contestants if _in_this_version(c)]
+    entries = [Entry.of(c, len(task.examples), settings.timed) for c in contestants if in_this_version(c)]
     with ExitStack() as stack:
         for entry in entries:
             stack.callback(entry.retire)
-        with ThreadPoolExecutor(STARTING) as pool:
-            list(pool.map(lambda entry: _start(entry, task, folder, settings), entries))
+        _start_all(entries, task, folder, settings)
         _first(entries, truth)
         for number in range(settings.rounds):
             active = [e for e in entries if e.worker is not None and number < e.contestant.rounds]
