@@ -21,8 +21,9 @@ from benchmarks.peers.contestants import CONTESTANTS
 from benchmarks.peers.environments import FOLDER
 from benchmarks.peers.measure import GateError, Settings, in_this_version, measure
 from benchmarks.peers.task import Task
-from benchmarks.rows import Row, results_file, write_rows
+from benchmarks.rows import results_file
 from benchmarks.workloads import Workload, hh, hh_missing, random_examples, random_llama
+from u2a_fast.bench.rows import Row, write_rows
 
 WORKLOADS = ("hh", "llama-19m")
 COUNTS = {"hh": 200, "llama-19m": 32}

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # for `python benchmarks/peers/environments.py`
 
-from benchmarks.machine import ROOT
+from benchmarks import ROOT
 
 __all__ = ["FOLDER", "PACKAGES", "Environment", "main", "prepare", "public_error"]
 

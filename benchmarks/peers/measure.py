@@ -16,8 +16,8 @@ from benchmarks.peers.environments import PACKAGES, Environment, prepare
 from benchmarks.peers.process import Worker, WorkerError
 from benchmarks.peers.task import BATCH, Task
 from benchmarks.peers.truth import AGREEMENT, judge, truths
-from benchmarks.rows import Row, make_row
-from benchmarks.timing import ratios
+from u2a_fast.bench.rows import Row, make_row
+from u2a_fast.bench.timing import ratios
 
 __all__ = ["GateError", "Settings", "in_this_version", "measure"]
 

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import ROOT
+from benchmarks import ROOT
 from benchmarks.peers.contestants import Contestant
 from benchmarks.peers.environments import public_error
 
