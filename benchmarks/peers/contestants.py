@@ -70,7 +70,7 @@ CONTESTANTS: tuple[Contestant, ...] = (
     Contestant("bergson-jvp", 'bergson, token_influence="output"', "bergson", "output", "bergson", "linears"),
     _approximate("bergson-16", "bergson, projection_dim 16", "bergson", "projected", "bergson"),
     Contestant("kronfluence", "kronfluence, identity", "kronfluence", "identity", "kronfluence", "linears"),
-    Contestant("dattri", "dattri TracIn, unprojected", "dattri", "unprojected", "dattri", share=0.08, rounds=2),
+    Contestant("dattri", "dattri TracIn, unprojected", "dattri", "unprojected", "dattri", share=0.08, rounds=0),
     _approximate(
         "dattri-512",
         "dattri TracIn, its default projection",
