@@ -1,21 +1,23 @@
 """Causal attention over packed examples, plugged into transformers as an attention implementation of its own.
 
-Right padding needs no mask under causal attention: a real token never looks at what lies behind it. So packed tokens
-are laid out as (B, T), one fused library call attends, and the real rows are taken back.
+It is the op ``attention`` where that has a kernel. Elsewhere, and under dropout, the library's fused attention serves,
+which knows no packed examples. Right padding needs no mask under causal attention (a real token never looks at what
+lies behind it), so there packed tokens are laid out as (B, T), one call attends, and the real rows are taken back.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from u2a_fast._register import implementations
 from u2a_fast.data.packing import Packed
-from u2a_fast.models import cpu_attention
 from u2a_fast.models.attend import attend, refuse_what_is_not_understood
 from u2a_fast.models.tangents import has_tangent
 
@@ -23,24 +25,34 @@ _NAME = "u2a_fast_packed"
 
 
 @dataclass(frozen=True)
-class _Layout:
+class _Grid:
     """Where each packed token lies in a (B, T) grid, and back; None where the packed order is the grid already."""
 
-    packed: Packed
     batch: int
     longest: int
     to_grid: Tensor | None  # (B * T) packed position of each cell; padding cells repeat their example's first token
     from_grid: Tensor | None  # (N) cell of each packed token
 
 
+class _Layout:
+    """The packed batch that is running, and its grid where one is asked for."""
+
+    def __init__(self, packed: Packed) -> None:
+        self.packed = packed
+
+    @cached_property
+    def grid(self) -> _Grid:
+        return _make_grid(self.packed)
+
+
 _layout: ContextVar[_Layout | None] = ContextVar("u2a_fast_layout", default=None)
 
 
-def _make_layout(packed: Packed) -> _Layout:
+def _make_grid(packed: Packed) -> _Grid:
     longest = max(packed.lengths, default=0)
     batch = len(packed.lengths)
     if all(length == longest for length in packed.lengths):
-        return _Layout(packed, batch, longest, None, None)
+        return _Grid(batch, longest, None, None)
     lengths = torch.tensor(packed.lengths)
     starts = packed.cu_seqlens[:-1].to("cpu", torch.int64)
     steps = torch.arange(longest)
@@ -48,7 +60,7 @@ def _make_layout(packed: Packed) -> _Layout:
     to_grid = torch.where(real, starts[:, None] + steps, starts[:, None]).flatten()
     from_grid = real.flatten().nonzero()[:, 0]
     device = packed.input_ids.device
-    return _Layout(packed, batch, longest, to_grid.to(device), from_grid.to(device))
+    return _Grid(batch, longest, to_grid.to(device), from_grid.to(device))
 
 
 class _Regrid(torch.autograd.Function):
@@ -69,19 +81,19 @@ class _Regrid(torch.autograd.Function):
         return out.index_copy_(0, index, grad), None, None, None
 
 
-def _to_grid(x: Tensor, layout: _Layout) -> Tensor:
+def _to_grid(x: Tensor, grid: _Grid) -> Tensor:
     """(1, H, N, E) packed -> (B, H, T, E)."""
     tokens = x[0].transpose(0, 1)
-    if layout.to_grid is not None:
-        tokens = _Regrid.apply(tokens, layout.to_grid, layout.from_grid, True)
-    return tokens.unflatten(0, (layout.batch, layout.longest)).transpose(1, 2)
+    if grid.to_grid is not None:
+        tokens = _Regrid.apply(tokens, grid.to_grid, grid.from_grid, True)
+    return tokens.unflatten(0, (grid.batch, grid.longest)).transpose(1, 2)
 
 
-def _from_grid(x: Tensor, layout: _Layout) -> Tensor:
+def _from_grid(x: Tensor, grid: _Grid) -> Tensor:
     """(B, H, T, E) -> (1, N, H, E) packed."""
     tokens = x.transpose(1, 2).flatten(0, 1)
-    if layout.from_grid is not None:
-        tokens = _Regrid.apply(tokens, layout.from_grid, layout.to_grid, False)
+    if grid.from_grid is not None:
+        tokens = _Regrid.apply(tokens, grid.from_grid, grid.to_grid, False)
     return tokens[None]
 
 
@@ -133,31 +145,33 @@ def packed_attention(
     if layout is None:
         raise RuntimeError("[packed attention] called outside of packed_layout")
     refuse_what_is_not_understood(module, options)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    window = _check_window(module, options, layout.longest)
-    softcap = options.get("softcap")
     packed = layout.packed
-    if packed.parent is not None or any(has_tangent(x) for x in (query, key, value)):
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    longest = int(packed.position_ids.max()) + 1 if len(packed.position_ids) else 0
+    window = _check_window(module, options, longest)
+    softcap = options.get("softcap")
+    carried = packed.parent is not None or any(has_tangent(x) for x in (query, key, value))
+    if carried or (not dropout and query.device.type in implementations("attention")):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return attend(q, k, v, packed.cu_seqlens, packed.parent, scale, window or 0, softcap or 0.0)[None], None
-    q, k, v = (_to_grid(x, layout) for x in (query, key, value))
+    grid = layout.grid
+    q, k, v = (_to_grid(x, grid) for x in (query, key, value))
+    banded = window is not None and window < longest
     if softcap is not None:
-        mask = _band(layout.longest, window or layout.longest, q.device)
+        mask = _band(longest, window or longest, q.device)
         out = _softcapped(q, k, v, scale, softcap, mask, dropout)
-    elif not (banded := window is not None and window < layout.longest) and cpu_attention.serves(q, v, dropout):
-        out = cpu_attention.causal_attention(q, k, v, scale)
     else:
         out = nn.functional.scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=_band(layout.longest, window or 0, q.device) if banded else None,
+            attn_mask=_band(longest, window or 0, q.device) if banded else None,
             dropout_p=dropout,
             is_causal=not banded,
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-    return _from_grid(out, layout), None
+    return _from_grid(out, grid), None
 
 
 AttentionInterface.register(_NAME, packed_attention)
@@ -172,7 +186,7 @@ def packed_layout(model: nn.Module, packed: Packed) -> Iterator[None]:
     held: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(config): config for config in held if hasattr(config, "_attn_implementation")}
     before = {key: config._attn_implementation for key, config in configs.items()}
-    token = _layout.set(_make_layout(packed))
+    token = _layout.set(_Layout(packed))
     try:
         for config in configs.values():
             config._attn_implementation = _NAME
