@@ -1,7 +1,7 @@
 """The case table's rows of norms, gated units and rotary embeddings, for :mod:`u2a_fast.testing`.
 
-The error of a result is that of the float arithmetic, in units of its eps, and half a unit in the last place of the
-result's own dtype: these ops round once.
+The error of a result is that of the float arithmetic, in units of its eps, and a unit in the last place of the result's
+own dtype: these ops round once (Triton's interpreter cuts bfloat16 off where GPUs round it).
 """
 
 import math
@@ -75,8 +75,8 @@ def scales(case: "Case", wide: dict[str, Any], constant: float) -> tuple[Tensor,
     out = getattr(reference, case.op)(**wide)
     outputs = out if isinstance(out, tuple) else (out,)
     errors = {"glu_jvp": _glu_scales, "rms_norm_jvp": _rms_norm_scales, "rotary": _rotary_scales}[case.op](wide, eps)
-    half_a_unit = torch.finfo(case.dtype).eps / 2 / (constant * eps)
-    return tuple(error + half_a_unit * y.abs() for error, y in zip(errors, outputs, strict=True))
+    unit = torch.finfo(case.dtype).eps / (constant * eps)
+    return tuple(error + unit * y.abs() for error, y in zip(errors, outputs, strict=True))
 
 
 def _glu_scales(wide: dict[str, Any], eps: float) -> tuple[Tensor, ...]:

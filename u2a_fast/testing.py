@@ -80,7 +80,7 @@ class Case:
     def id(self) -> str:
         """A name that holds everything that distinguishes the case, e.g. ``ghost_dot-N7-I3-O4-K1-2,0,5-float32``."""
         parts = [self.op, *(f"{c}{n}" for c, n in self.sizes.items() if c != "B")]
-        parts += [_shorten(self.lengths)] if self.op.startswith(("attention", "ghost")) else []
+        parts += [_shorten(self.lengths)] if self.op.startswith(("attention", "ghost", "grad")) else []
         parts += [f"parent{_shorten(self.parent)}"] if self.parent else []
         parts += [f"window{self.window}"] if self.window else []
         parts += ["bias"] if self.bias else []
