@@ -58,7 +58,7 @@ def run(device: str) -> Run:
 
 def _case(op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> testing.Case:
     options: dict[str, Any] = {"bias": True, "softcap": 5.0} if op.startswith("linear") else {}
-    if not op.startswith("linear"):
+    if op.startswith(("attention", "ghost", "grad")):
         options["lengths"] = (3, 0, 20, sizes["N"] - 23)
         sizes["B"] = 4
     if op.startswith("attention"):
