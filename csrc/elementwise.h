@@ -76,20 +76,31 @@ struct Activated {
   V value, slope;
 };
 
+// sigmoid(x) and sigmoid(-x), each to full relative precision: e^-|x| cannot overflow.
 template <class S>
-inline Activated<Vec<S>> silu(Vec<S> x) {
-  // e^-|x| cannot overflow; sigmoid(-x) = e^-x sigmoid(x)
-  const Vec<S> magnitude = x < 0 ? -x : x, e = exp_lanes(Vec<S>(-magnitude));
-  const Vec<S> sigmoid = (x < 0 ? e : splat(S(1))) / (1 + e);
-  return {x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))};
+inline void sigmoids(Vec<S> x, Vec<S>& there, Vec<S>& back) {
+  const Vec<S> e = exp_lanes(Vec<S>(x < 0 ? x : -x)), near = 1 / (1 + e), far = e * near;
+  there = x < 0 ? far : near;
+  back = x < 0 ? near : far;
 }
 
 template <class S>
+inline Activated<Vec<S>> silu(Vec<S> x) {
+  Vec<S> there, back;
+  sigmoids<S>(x, there, back);
+  return {x * there, there * (1 + x * back)};
+}
+
+// (1 + tanh z) / 2 is sigmoid(2 z).
+template <class S>
 inline Activated<Vec<S>> gelu_tanh(Vec<S> x) {
-  constexpr S kRoot = S(0.79788456080286535588), kCubic = S(0.044715);
-  const Vec<S> square = x * x, t = tanh_lanes(Vec<S>(kRoot * x * (1 + kCubic * square)));
-  const Vec<S> half = S(0.5) * (1 + t);
-  return {x * half, half + S(0.5) * x * (1 - t * t) * kRoot * (1 + 3 * kCubic * square)};
+  constexpr S kTwiceRoot = S(1.59576912160573071176), kCubic = S(0.044715);
+  // Far beyond where the sigmoid is 0 or 1 to every digit, and far from where the cube overflows.
+  constexpr S kBound = 64;
+  const Vec<S> z = x > kBound ? splat(kBound) : x < -kBound ? splat(-kBound) : x, square = kCubic * z * z;
+  Vec<S> there, back;
+  sigmoids<S>(kTwiceRoot * z * (1 + square), there, back);
+  return {x * there, there * (1 + z * back * kTwiceRoot * (1 + 3 * square))};
 }
 
 template <class T>

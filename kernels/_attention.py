@@ -29,7 +29,6 @@ __all__ = [
     "find_block",
     "head_strides",
     "hide",
-    "inner_contiguous",
     "key_plan",
     "key_tile",
     "load_rows",
@@ -182,11 +181,6 @@ def online_softmax(b_c, b_max, b_sum):
 def needs_reference(q: Tensor, v: Tensor) -> bool:
     """Whether the kernels leave these inputs to the reference: float64, and heads wider than WIDEST_HEAD."""
     return is_float64(q) or max(q.shape[-1], v.shape[-1]) > WIDEST_HEAD
-
-
-def inner_contiguous(x: Tensor) -> Tensor:
-    """``x`` itself where its features lie one after the other, else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _padded(width: int) -> int:

@@ -16,6 +16,7 @@ __all__ = [
     "Configs",
     "aligned",
     "device_family",
+    "inner_contiguous",
     "launch",
     "needs_reference",
 ]
@@ -72,6 +73,11 @@ def aligned(x: Tensor) -> Tensor:
     if x.stride(-1) == 1 and not any(s % ALIGNMENT for s in x.stride()[:-1]) and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def inner_contiguous(x: Tensor) -> Tensor:
+    """``x`` with a contiguous last dimension: itself where possible, and whatever its other strides are."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _on_device_of(x: Tensor) -> AbstractContextManager[object]:

@@ -22,7 +22,6 @@ from ._attention import (
     config_of_heads,
     find_block,
     hide,
-    inner_contiguous,
     key_plan,
     key_tile,
     load_rows,
@@ -33,7 +32,7 @@ from ._attention import (
     store_rows,
     weighted_rows,
 )
-from ._launch import INTERPRETER, Config, launch
+from ._launch import INTERPRETER, Config, inner_contiguous, launch
 
 __all__ = ["CONFIGS", "attention", "attention_kernel"]
 

@@ -25,7 +25,6 @@ from ._attention import (
     find_block,
     head_strides,
     hide,
-    inner_contiguous,
     key_plan,
     key_tile,
     load_rows,
@@ -35,7 +34,7 @@ from ._attention import (
     store_rows,
     weighted_rows,
 )
-from ._launch import INTERPRETER, Config, launch
+from ._launch import INTERPRETER, Config, inner_contiguous, launch
 
 __all__ = ["KEY_CONFIGS", "QUERY_CONFIGS", "attention_backward", "keys_kernel", "queries_kernel"]
 

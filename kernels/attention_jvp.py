@@ -24,7 +24,6 @@ from ._attention import (
     find_block,
     head_strides,
     hide,
-    inner_contiguous,
     key_plan,
     key_tile,
     load_rows,
@@ -35,7 +34,7 @@ from ._attention import (
     store_rows,
     weighted_rows,
 )
-from ._launch import INTERPRETER, Config, launch
+from ._launch import INTERPRETER, Config, inner_contiguous, launch
 from .attention import attention
 
 __all__ = ["CONFIGS", "attention_jvp", "attention_jvp_kernel"]

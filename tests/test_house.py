@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"models"}),
     frozenset({"data"}),
     frozenset({"manifest", "testing"}),
-    frozenset({"ops", "interop", "_attention_cases", "_gradient_cases", "_sketch_cases"}),
+    frozenset({"ops", "interop", "_attention_cases", "_elementwise_cases", "_gradient_cases", "_sketch_cases"}),
     frozenset({"_register"}),
     frozenset({"kernels"}),
     frozenset({"reference", "_check", "losses", "statistics", "files"}),

@@ -17,6 +17,7 @@ from u2a_fast.testing import CASES, TIMING_CASES, Case
 ROOT = Path(__file__).resolve().parent.parent
 FLOAT32 = [case for case in CASES if case.dtype == torch.float32]
 FLOAT64 = [case for case in CASES if case.dtype == torch.float64]
+ELEMENTWISE = ("glu_jvp", "rms_norm_jvp", "rotary")
 LARGEST = {op: max((c for c in FLOAT32 if c.op == op), key=lambda c: testing.cost(c)[0]) for op in OPS}
 
 needs_extension = pytest.mark.skipif(extension_error is not None, reason=f"no C++ kernels: {extension_error}")
@@ -195,12 +196,41 @@ def test_views_give_the_same_bits(op: str, offset: int, view: Callable[[Tensor, 
 def test_a_nan_is_not_hidden(op: str) -> None:
     case = LARGEST[op]
     arguments = testing.inputs(case)
-    first = "a" if "a" in arguments else "h"
+    first = next(name for name in ("a", "gate", "h", "x") if name in arguments)
     arguments[first][0, 0] = torch.nan
     outputs = call(case, arguments)
     want = getattr(reference, op)(**arguments)
     for got, expected in zip(outputs, want if isinstance(want, tuple) else (want,), strict=True):
         assert torch.equal(got.isnan(), expected.isnan())
+
+
+@needs_extension
+@pytest.mark.parametrize("op", ELEMENTWISE)
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_a_row_does_not_see_its_neighbors(op: str, dtype: torch.dtype) -> None:
+    sizes = {"glu_jvp": {"N": 9, "I": 37}, "rms_norm_jvp": {"N": 9, "D": 37}, "rotary": {"N": 9, "H": 3, "E": 22}}
+    case = Case(op, sizes[op], dtype)
+    arguments = testing.inputs(case)
+    together = call(case, arguments)
+    part = {k: x[4:7] if floating(x) and x.dim() > 1 else x for k, x in arguments.items()}
+    assert_same_bits(call(case, part), tuple(x[4:7] for x in together))
+    for name, x in arguments.items():
+        if floating(x) and x.dim() > 1:
+            spoiled = x.clone()
+            spoiled[5].fill_(torch.nan)
+            for got, clean in zip(call(case, arguments | {name: spoiled}), together, strict=True):
+                assert torch.equal(got[:5], clean[:5]) and torch.equal(got[6:], clean[6:])
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_a_gate_beyond_all_bounds_is_open_or_shut(dtype: torch.dtype, gelu: bool) -> None:
+    far = torch.finfo(dtype).max / 2
+    gate = torch.tensor([[far, -far, 1000.0, -1000.0]], dtype=dtype)
+    one = torch.ones_like(gate)
+    for glu in (ops.glu_jvp, reference.glu_jvp):
+        y, dy = glu(gate, one, one, torch.zeros_like(gate), gelu)
+        assert torch.equal(y, gate.clamp(min=0)) and torch.equal(dy, torch.tensor([[1, 0, 1, 0]], dtype=dtype))
 
 
 @needs_extension
@@ -243,7 +273,7 @@ def heads_first(x: Tensor) -> Tensor:
     return x.transpose(-3, -2).contiguous().transpose(-3, -2)
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op.startswith("attention")])
+@pytest.mark.parametrize("op", [op for op in OPS if op.startswith(("attention", "rotary"))])
 def test_heads_may_come_before_tokens(op: str) -> None:
     for case in CASES:
         if case.op == op and case.dtype in (torch.float32, torch.bfloat16):
@@ -336,6 +366,10 @@ def thin(**factors: Tensor) -> dict[str, Any]:
 def head(**changes: Any) -> dict[str, Any]:
     base = {"h": torch.zeros(5, 3), "weight": torch.zeros(7, 3), "target": torch.zeros(5, dtype=torch.int64)}
     return base | changes
+
+
+def norm(**changes: Any) -> dict[str, Any]:
+    return {"x": torch.zeros(5, 3), "dx": torch.zeros(5, 3), "scale": torch.zeros(3)} | changes
 
 
 def offsets(*values: int) -> Tensor:
@@ -440,6 +474,26 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         TypeError,
         "grad_logp of dtype torch.float32 (for h of torch.float32), got torch.float64",
     ),
+    (
+        "glu_jvp",
+        dict.fromkeys(("gate", "up", "dgate"), torch.zeros(5, 3)) | {"dup": torch.zeros(5, 4)},
+        ValueError,
+        "dup of shape (N, I) with N = 5 (from gate), I = 3 (from gate), got (5, 4)",
+    ),
+    (
+        "rms_norm_jvp",
+        norm(scale=torch.zeros(3).double()),
+        TypeError,
+        "scale of dtype torch.float32 (for x of torch.float32), got torch.float64",
+    ),
+    ("rms_norm_jvp", norm(dscale=torch.zeros(4)), ValueError, "dscale of shape (D,) with D = 3 (from x), got (4,)"),
+    ("rms_norm_jvp", norm(eps=-1e-6), ValueError, "eps finite and >= 0, got -1e-06"),
+    (
+        "rotary",
+        {"x": torch.zeros(5, 2, 3), "cosine": torch.zeros(5, 3), "sine": torch.zeros(5, 3)},
+        ValueError,
+        "x of an even number of features, got 3",
+    ),
 ]
 
 
@@ -465,6 +519,8 @@ def test_kernels_guard_memory_below_the_checks() -> None:
     assert torch.ops.u2a_fast.grad_project(**part).shape == (2, 2, 2)  # offsets that leave tokens out at both ends
     with pytest.raises(RuntimeError, match="target"):
         torch.ops.u2a_fast.linear_logprob(**head(target=torch.full((5,), -1)))
+    with pytest.raises(RuntimeError, match="scale: wrong length"):
+        torch.ops.u2a_fast.rms_norm_jvp(**norm(scale=torch.zeros(2)))
 
 
 def test_compiles_without_graph_breaks() -> None:

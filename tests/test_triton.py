@@ -58,7 +58,7 @@ def run(device: str) -> Run:
 
 def _case(op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> testing.Case:
     options: dict[str, Any] = {"bias": True, "softcap": 5.0} if op.startswith("linear") else {}
-    if not op.startswith("linear"):
+    if op.startswith(("attention", "ghost", "grad")):
         options["lengths"] = (3, 0, 20, sizes["N"] - 23)
         sizes["B"] = 4
     if op.startswith("attention"):
@@ -84,11 +84,14 @@ SMALL = {
     "ghost_dot": _case("ghost_dot", N=40, I=20, O=36, K=2),
     "ghost_dot_lowrank": _case("ghost_dot_lowrank", N=40, I=20, O=36, K=2, R=19),
     "ghost_norm": _case("ghost_norm", N=40, I=20, O=36),
+    "glu_jvp": _case("glu_jvp", N=4, I=48),
     "grad_project": _case("grad_project", N=40, I=20, O=36, P=17, Q=5),
     "grad_sketch": _case("grad_sketch", N=40, I=20, O=36, M=100),
     "linear_logprob": _case("linear_logprob", N=35, D=20, V=150),
     "linear_logprob_backward": _case("linear_logprob_backward", N=35, D=20, V=150),
     "linear_logprob_jvp": _case("linear_logprob_jvp", N=35, D=20, V=150, K=2),
+    "rms_norm_jvp": _case("rms_norm_jvp", N=11, D=48),
+    "rotary": _case("rotary", N=4, H=3, E=20),
 }
 
 
@@ -205,6 +208,14 @@ def test_a_token_does_not_depend_on_its_batch(op: str, run: Run, device: str) ->
         part["dh"] = arguments["dh"][:, 7:19]
     together = tuple(x[..., 7:19] for x in run(op, **arguments))
     assert _same_bits(run(op, **part), together)
+
+
+@pytest.mark.parametrize("op", ["glu_jvp", "rms_norm_jvp", "rotary"])
+def test_a_row_does_not_depend_on_its_batch(op: str, run: Run, device: str) -> None:
+    arguments = testing.inputs(SMALL[op], device)
+    n = SMALL[op].sizes["N"]
+    part = {k: x[2:n] if isinstance(x, Tensor) and x.dim() > 1 else x for k, x in arguments.items()}
+    assert _same_bits(run(op, **part), tuple(x[2:n] for x in run(op, **arguments)))
 
 
 def test_more_directions_than_one_pass_holds(run: Run, device: str) -> None:

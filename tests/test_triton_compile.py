@@ -30,9 +30,10 @@ SHARED_MEMORY = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942"
 FAMILIES = tuple(SHARED_MEMORY)
 MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 ATTENTION = ("attention", "attention_backward", "attention_jvp")
+ELEMENTWISE = ("glu_jvp", "rms_norm_jvp", "rotary")
 HEAD = ("linear_logprob", "linear_logprob_backward", "linear_logprob_jvp")
 GRADIENTS = ("ghost_dot", "ghost_dot_lowrank", "ghost_norm", "grad_project", "grad_sketch")
-MODULES = ("_attention", *ATTENTION, "_tile", *GRADIENTS, *HEAD)
+MODULES = ("_attention", *ATTENTION, "_tile", *GRADIENTS, *HEAD, *ELEMENTWISE)
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -115,6 +116,16 @@ def _call_attention(modules: dict[str, Any], dtype: torch.dtype, width: int, ful
     modules["attention_jvp"].attention_jvp(q, k, v, *(torch.stack([x, x]) for x in (q, k, v)), *options)
 
 
+def _call_elementwise(modules: dict[str, Any], dtype: torch.dtype, gelu: bool) -> None:
+    n, d, heads, e = 1199, 1280, 16, 64
+    zeros = partial(torch.zeros, dtype=dtype)
+    x, row = zeros(n, d), zeros(n, heads, e)
+    modules["glu_jvp"].glu_jvp(x, x, x, x, gelu)
+    modules["rms_norm_jvp"].rms_norm_jvp(x, x, torch.zeros(d), torch.zeros(d))
+    modules["rms_norm_jvp"].rms_norm_jvp(row.flatten(0, 1), row.flatten(0, 1), torch.zeros(e))
+    modules["rotary"].rotary(row, zeros(n, e), zeros(n, e))
+
+
 def record(family: str) -> tuple[Recorder, list[str]]:
     """The launches on a device of ``family``, and the configurations of its tables that no launch used."""
     modules = {name: importlib.import_module(f"u2a_fast.kernels.{name}") for name in MODULES}
@@ -128,6 +139,7 @@ def record(family: str) -> tuple[Recorder, list[str]]:
         _call_ghost(modules, dtype, n=1199)
         _call_head(modules, dtype, n=1199, v=129, k=3, full=True)
     for dtype in (torch.float32, torch.bfloat16):
+        _call_elementwise(modules, dtype, gelu=dtype == torch.bfloat16)
         _call_head(modules, dtype, n=1199, v=128, k=1, full=False)
         for width in (64, 128, 256):
             _call_attention(modules, dtype, width, full=True)
@@ -206,7 +218,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_configuration_is_launched(family: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
     assert [r["unused"] for r in compiled[family] if "unused" in r] == []
-    assert len({r["kernel"] for r in compiled[family] if "kernel" in r}) == 18
+    assert len({r["kernel"] for r in compiled[family] if "kernel" in r}) == 21
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -221,6 +233,7 @@ def test_no_spills_and_within_shared_memory(family: str, compiled: dict[str, lis
 def test_16_bit_products_run_on_the_matrix_unit(family: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
     """float16 also through TF32; float32 is exact, for which NVIDIA GPUs have no matrix unit."""
     products = [r for r in compiled[family] if "*bf16" in r.get("types", ()) or "*fp16" in r.get("types", ())]
+    products = [r for r in products if r["kernel"].removesuffix("_kernel") not in ELEMENTWISE]
     assert products
     assert [r for r in products if not r["matrix_unit"]] == []
 

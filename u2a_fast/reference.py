@@ -345,13 +345,13 @@ def glu_jvp(gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, gelu: bool = F
     acc = _accumulate_dtype(gate)
     x, u, dx, du = (tensor.to(acc) for tensor in (gate, up, dgate, dup))
     if gelu:
-        root = math.sqrt(2 / math.pi)
-        t = torch.tanh(root * (x + 0.044715 * x**3))
-        half = 0.5 * (1 + t)
-        value, slope = x * half, half + 0.5 * x * (1 - t * t) * root * (1 + 3 * 0.044715 * x * x)
+        z = x.clamp(-64, 64)  # there the slope is 0 or 1 to every digit, and further out the cube overflows
+        inner = 2 * math.sqrt(2 / math.pi) * z * (1 + 0.044715 * z * z)  # (1 + tanh(z)) / 2 is sigmoid(2 z)
+        dinner = 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z * z)
     else:
-        sigmoid = torch.sigmoid(x)
-        value, slope = x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
+        z, inner, dinner = x, x, torch.ones_like(x)
+    there, back = torch.sigmoid(inner), torch.sigmoid(-inner)  # 1 - there would cancel
+    value, slope = x * there, there * (1 + z * back * dinner)
     return (value * u).to(gate.dtype), (slope * dx * u + value * du).to(gate.dtype)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _attention_cases, _gradient_cases, _sketch_cases, reference
+from . import _attention_cases, _elementwise_cases, _gradient_cases, _sketch_cases, reference
 
 __all__ = ["CASES", "CONSTANTS", "DTYPES", "TIMING_CASES", "Case", "budget", "cost", "expected", "inputs", "violations"]
 
@@ -35,11 +35,14 @@ CONSTANTS: dict[str, float] = {
     "ghost_dot": 4.0,  # one sum over o, i and t
     "ghost_dot_lowrank": 12.0,  # products of two sums, then the sum over the rank and t
     "ghost_norm": 8.0,  # products of two sums
+    "glu_jvp": 4.0,  # no sum, but half a dozen roundings of each factor
     "grad_project": 12.0,  # products of two sums, then the sum over t
     "grad_sketch": 4.0,  # one sum over an entry's coordinates and t
     "linear_logprob": 8.0,  # logits, then the sum of exponentials
     "linear_logprob_backward": 12.0,  # logits, probabilities, then the product with weight or h
     "linear_logprob_jvp": 12.0,  # logits and tangents, probabilities, then the sum over the vocabulary
+    "rms_norm_jvp": 4.0,  # the sum of squares; the scale counts the other sum
+    "rotary": 2.0,  # two products and their sum
 }
 
 
@@ -54,10 +57,11 @@ class Case:
         lengths: tokens of each example, for ops that take ``cu_seqlens``.
         bias: whether the head has a bias (and, for the JVP, a bias tangent).
         softcap: logit cap of the head, 0 for none.
-        tangents: which of "h" and "weight" have tangents (JVP) or get gradients (backward).
-        scale: standard deviation of the logits, of the head or of attention.
+        tangents: which of "h" and "weight" have tangents (JVP) or get gradients (backward); for a norm, x and scale.
+        scale: standard deviation of the logits, of the head or of attention, or of what a norm or gate takes in.
         parent: for attention, the segment that each segment continues, -1 for none; None: all -1.
         window: for attention, most keys that a query sees, 0 for all.
+        gelu: for a gated unit, GELU instead of SiLU.
     """
 
     op: str
@@ -70,18 +74,20 @@ class Case:
     scale: float = 1.0
     parent: tuple[int, ...] | None = None
     window: int = 0
+    gelu: bool = False
 
     @property
     def id(self) -> str:
         """A name that holds everything that distinguishes the case, e.g. ``ghost_dot-N7-I3-O4-K1-2,0,5-float32``."""
         parts = [self.op, *(f"{c}{n}" for c, n in self.sizes.items() if c != "B")]
-        parts += [] if self.op.startswith("linear") else [_shorten(self.lengths)]
+        parts += [_shorten(self.lengths)] if self.op.startswith(("attention", "ghost", "grad")) else []
         parts += [f"parent{_shorten(self.parent)}"] if self.parent else []
         parts += [f"window{self.window}"] if self.window else []
         parts += ["bias"] if self.bias else []
+        parts += ["gelu"] if self.gelu else []
         parts += [f"cap{self.softcap:g}"] if self.softcap else []
         parts += [f"scale{self.scale:g}"] if self.scale != 1.0 else []
-        if self.op in ("linear_logprob_backward", "linear_logprob_jvp"):
+        if self.op in ("linear_logprob_backward", "linear_logprob_jvp", "rms_norm_jvp"):
             parts.append("+".join(self.tangents))
         return "-".join([*parts, str(self.dtype).removeprefix("torch.")])
 
@@ -122,12 +128,19 @@ def _timing_rows() -> Iterator[tuple[str, dict[str, int], dict[str, Any]]]:
         yield "linear_logprob_backward", sizes, {}
         yield "linear_logprob_jvp", {**sizes, "K": 1}, {}
     yield from _attention_cases.timing_rows()
+    yield from _elementwise_cases.timing_rows()
     yield from _sketch_cases.timing_rows()
 
 
 CASES: tuple[Case, ...] = tuple(
     Case(op, sizes, dtype, **options)
-    for rows in (_gradient_cases.rows, _sketch_cases.rows, _head_rows, _attention_cases.rows)
+    for rows in (
+        _gradient_cases.rows,
+        _sketch_cases.rows,
+        _head_rows,
+        _attention_cases.rows,
+        _elementwise_cases.rows,
+    )
     for op, sizes, options in rows()
     for dtype in DTYPES
 )
@@ -147,6 +160,8 @@ def inputs(case: Case, device: torch.device | str = "cpu") -> dict[str, Any]:
 
     if case.op.startswith("attention"):
         arguments = _attention_cases.inputs(case, normal)
+    elif case.op in _elementwise_cases.OPS:
+        arguments = _elementwise_cases.inputs(case, normal)
     elif case.op == "grad_sketch":
         arguments = _sketch_cases.inputs(case, normal, generator)
     elif case.op.startswith(_gradient_cases.PREFIXES):
@@ -198,19 +213,7 @@ def budget(case: Case, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     arguments = {k: x.cpu() if isinstance(x, Tensor) else x for k, x in arguments.items()}
     wide = _map_floats(arguments, Tensor.double)
     eps = torch.finfo(torch.float64 if case.dtype == torch.float64 else torch.float32).eps
-    scales = {
-        "attention": _attention_scales,
-        "attention_backward": _attention_scales,
-        "attention_jvp": _attention_scales,
-        "ghost_dot": _gradient_scales,
-        "ghost_dot_lowrank": _gradient_scales,
-        "ghost_norm": _gradient_scales,
-        "grad_project": _gradient_scales,
-        "grad_sketch": _sketch_scales,
-        "linear_logprob": _logprob_scale,
-        "linear_logprob_backward": _backward_scale,
-        "linear_logprob_jvp": _jvp_scale,
-    }[case.op](case, wide, eps)
+    scales = _scales(case, wide, eps)
     return tuple(CONSTANTS[case.op] * eps * scale + _least(_output_dtype(case, j)) for j, scale in enumerate(scales))
 
 
@@ -241,21 +244,27 @@ def violations(case: Case, arguments: dict[str, Any], outputs: tuple[Tensor, ...
 
 def _output_dtype(case: Case, index: int) -> torch.dtype:
     in_inputs_dtype = {"attention": (0,), "attention_backward": (0, 1, 2), "attention_jvp": (0, 2)}
-    if index in (in_inputs_dtype | {"linear_logprob_backward": (0,)}).get(case.op, ()):
+    in_inputs_dtype |= dict.fromkeys(_elementwise_cases.OPS, (0, 1)) | {"linear_logprob_backward": (0,)}
+    if index in in_inputs_dtype.get(case.op, ()):
         return case.dtype
     return torch.float64 if case.dtype == torch.float64 else torch.float32
 
 
-def _sketch_scales(case: Case, wide: dict[str, Any], eps: float) -> tuple[Tensor, ...]:
-    return _sketch_cases.scales(wide)
-
-
-def _attention_scales(case: Case, wide: dict[str, Any], eps: float) -> tuple[Tensor, ...]:
-    return _attention_cases.scales(case, wide)
-
-
-def _gradient_scales(case: Case, wide: dict[str, Any], eps: float) -> tuple[Tensor, ...]:
-    return _gradient_cases.scales(case, wide)
+def _scales(case: Case, wide: dict[str, Any], eps: float) -> tuple[Tensor, ...]:
+    if case.op.startswith("attention"):
+        return _attention_cases.scales(case, wide)
+    if case.op in _elementwise_cases.OPS:
+        return _elementwise_cases.scales(case, wide, CONSTANTS[case.op])
+    if case.op == "grad_sketch":
+        return _sketch_cases.scales(wide)
+    if case.op.startswith(_gradient_cases.PREFIXES):
+        return _gradient_cases.scales(case, wide)
+    by_op = {
+        "linear_logprob": _logprob_scale,
+        "linear_logprob_backward": _backward_scale,
+        "linear_logprob_jvp": _jvp_scale,
+    }
+    return by_op[case.op](case, wide, eps)
 
 
 @dataclass
@@ -333,6 +342,8 @@ def cost(case: Case) -> tuple[int, int]:
     """Floating-point operations of the algorithm and the fewest bytes it can move (each argument and result once)."""
     if case.op.startswith("attention"):
         return _attention_cases.cost(case)
+    if case.op in _elementwise_cases.OPS:
+        return _elementwise_cases.cost(case)
     if case.op == "grad_sketch":
         return _sketch_cases.cost(case)
     if case.op.startswith(_gradient_cases.PREFIXES):

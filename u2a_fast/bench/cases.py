@@ -4,10 +4,12 @@ CPU shapes are ``u2a_fast.testing.TIMING_CASES``. A GPU needs larger ones to fil
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.functional import linear
 
 from u2a_fast.bench import attention
@@ -56,6 +58,10 @@ def _cuda_cases() -> tuple[Case, ...]:
             cases.append(Case("attention", sizes, dtype, segments))
             cases.append(Case("attention_backward", sizes, dtype, segments))
             cases.append(Case("attention_jvp", {**sizes, "K": 1}, dtype, segments))
+    for dtype in DTYPES:
+        cases += [Case("glu_jvp", {"N": 4096, "I": 4096}, dtype, gelu=gelu) for gelu in (False, True)]
+        cases += [Case("rms_norm_jvp", sizes, dtype) for sizes in ({"N": 8192, "D": 2048}, {"N": 131072, "D": 128})]
+        cases.append(Case("rotary", {"N": 4096, "H": 32, "E": 128}, dtype))
     # The reference's pairs of all heads, in float64 on the CPU, make these the costliest to gate: last.
     for heads, groups, e, tokens in ((16, 4, 128, 2048), (4, 1, 64, 8192), (4, 1, 128, 8192)):
         sizes = {"N": tokens, "B": 1, "H": heads, "G": groups, "E": e, "F": e}
@@ -143,6 +149,27 @@ def _linear_logprob_jvp(
     return outputs[0], tangents[0]
 
 
+def _glu_jvp(gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+    activation = partial(functional.gelu, approximate="tanh") if gelu else functional.silu
+    y, dy = torch.func.jvp(lambda gate, up: activation(gate) * up, (gate, up), (dgate, dup))[:2]
+    return y, dy
+
+
+def _rms_norm_jvp(x: Tensor, dx: Tensor, scale: Tensor, dscale: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    def norm(x: Tensor, scale: Tensor) -> Tensor:  # as transformers' models write it
+        wide = x.float()
+        return scale * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+    scale, dscale = scale.to(x.dtype), torch.zeros_like(x[0]) if dscale is None else dscale.to(x.dtype)
+    y, dy = torch.func.jvp(norm, (x, scale), (dx, dscale))[:2]
+    return y, dy
+
+
+def _rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    low, high = x.chunk(2, -1)
+    return x * cosine[:, None] + torch.cat([-high, low], -1) * sine[:, None]
+
+
 # What one would write in plain PyTorch, in the inputs' precision: logits and per-example gradients are materialized.
 COMPOSITIONS: dict[str, Callable[..., Any]] = {
     "attention": attention.attention,
@@ -151,17 +178,26 @@ COMPOSITIONS: dict[str, Callable[..., Any]] = {
     "ghost_dot": _ghost_dot,
     "ghost_dot_lowrank": _ghost_dot_lowrank,
     "ghost_norm": _ghost_norm,
+    "glu_jvp": _glu_jvp,
     "grad_project": _grad_project,
     "grad_sketch": _grad_sketch,
     "linear_logprob": _linear_logprob,
     "linear_logprob_backward": _linear_logprob_backward,
     "linear_logprob_jvp": _linear_logprob_jvp,
+    "rms_norm_jvp": _rms_norm_jvp,
+    "rotary": _rotary,
 }
 
 
 def bare_product(case: Case, arguments: Arguments) -> tuple[Callable[[], object], int]:
-    """The matrix product (or two) at the heart of a case, by PyTorch in the case's dtype, and its flops."""
+    """The matrix product (or two) at the heart of a case, by PyTorch in the case's dtype, and its flops.
+
+    Ops without one stand against an elementwise product of a matrix of theirs.
+    """
     s = case.sizes
+    if case.op in ("glu_jvp", "rms_norm_jvp", "rotary"):
+        x = arguments["gate" if case.op == "glu_jvp" else "x"]
+        return lambda: x * x, x.numel()
     if case.op.startswith("attention"):
         q, k = arguments["q"].transpose(0, 1), arguments["k"].permute(1, 2, 0)
         k = k.repeat_interleave(s["H"] // s["G"], 0)

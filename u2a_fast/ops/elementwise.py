@@ -1,5 +1,7 @@
 """Ops on what lies between a decoder's matrix products: argument checks, then ``torch.ops.u2a_fast.<op>``."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -48,13 +50,13 @@ def rms_norm_jvp(
         dx: tangent of x, (N, D).
         scale: (D) in the accumulation dtype (float32, or float64 for float64 x).
         dscale: tangent of scale, (D), or None for zero.
-        eps: >= 0.
+        eps: finite, >= 0.
 
     Returns:
         Value and tangent, (N, D) in x's dtype.
 
     Raises:
-        ValueError: a shape or a device does not fit.
+        ValueError: a shape, a device or eps does not fit.
         TypeError: a dtype does not fit.
     """
     op = "rms_norm_jvp"
@@ -67,6 +69,8 @@ def rms_norm_jvp(
     for name, tensor in (("scale", scale), ("dscale", dscale)):
         if tensor is not None and tensor.dtype != accumulation:
             raise TypeError(f"[{op}] expected {name} of dtype {accumulation} (for x of {x.dtype}), got {tensor.dtype}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"[{op}] expected eps finite and >= 0, got {eps}")
     return torch.ops.u2a_fast.rms_norm_jvp(x, dx, scale, dscale, eps)
 
 
