@@ -27,8 +27,14 @@ Direction = Mapping[str, Tensor]
 Approximate = Callable[[Decoder, dict[str, Tensor]], Approximation]
 
 
-def resolve_token_budget(given: int | None, device: torch.device) -> int:
-    """Tokens a batch; by default enough for matrix products at full rate, few enough to fit beside the weights."""
+def resolve_token_budget(given: int | None, device: torch.device, *, batch_invariant: bool = False) -> int:
+    """Tokens a batch; by default enough for matrix products at full rate, few enough to fit beside the weights.
+
+    ``batch_invariant``: one, so that every example goes alone. Then libraries, which choose their kernels by shape, and
+    with them the order of their sums, see nothing of its companions.
+    """
+    if batch_invariant:
+        return 1
     if given is not None:
         return given
     return 16384 if device.type == "cuda" else 2048
