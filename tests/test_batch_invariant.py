@@ -1,4 +1,4 @@
-"""With ``batch_invariant`` an example's derivative has the same bits whatever is scored beside it, and in what order."""
+"""With ``batch_invariant`` an example has the same bits whatever is scored beside it, and in what order."""
 
 import pytest
 import tiny_models as tiny

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from u2a_fast import ops
+from u2a_fast.influence.breakdown import module_derivatives, token_derivatives
 from u2a_fast.influence.objectives import DPO, SFT, Reward
 from u2a_fast.influence.routes import directional_derivatives
 from u2a_fast.influence.scorer import InfluenceScorer, Scores
@@ -19,9 +20,11 @@ __all__ = [
     "Scores",
     "align",
     "directional_derivatives",
+    "module_derivatives",
     "ops",
     "select",
     "signal_check",
+    "token_derivatives",
     "unlearn",
 ]
 

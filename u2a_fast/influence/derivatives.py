@@ -82,6 +82,7 @@ class DerivativeBatch:
         parts: every module's share of the derivatives, (K, B) float64 by its path, in the order of their calls (of the
             reverse route).
         bound: (K, B), how far the exact derivatives may be from these at most; None where nothing was bounded.
+        by_token: (K, M), the derivatives of every scored token's own NLL, example after example (of the forward route).
     """
 
     derivatives: Tensor
@@ -89,6 +90,7 @@ class DerivativeBatch:
     tokens: Tensor
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     bound: Tensor | None = None
+    by_token: Tensor | None = None
 
 
 class DerivativePass:
@@ -133,6 +135,13 @@ class DerivativePass:
         with evaluation_mode(model):
             check_packing(self.decoder)
             self.capture = Capture(self.decoder, self.approximation.kept, self.approximation.factors)
+
+    @property
+    def module_paths(self) -> list[str]:
+        """The modules that hold parameters of the directions, the LM head last."""
+        paths = [site.path for site in self.capture.sites]
+        head = self._dweight is not None or self._dbias is not None
+        return [*paths, self.decoder.head_path] if head else paths
 
     @contextmanager
     def running(self) -> Iterator[None]:
