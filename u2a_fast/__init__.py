@@ -8,6 +8,7 @@ from u2a_fast.influence.breakdown import module_derivatives, token_derivatives
 from u2a_fast.influence.objectives import DPO, SFT, Reward
 from u2a_fast.influence.routes import directional_derivatives
 from u2a_fast.influence.scorer import InfluenceScorer, Scores
+from u2a_fast.influence.selftest import selftest
 from u2a_fast.influence.signal import signal_check
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "module_derivatives",
     "ops",
     "select",
+    "selftest",
     "signal_check",
     "token_derivatives",
     "unlearn",
