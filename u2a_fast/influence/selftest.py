@@ -201,6 +201,6 @@ def _check(
         ).to("cpu", torch.float64)
     except NotImplementedError as error:
         return Check(route, name, "skipped", None, bound, detail=str(error))
-    error = float((found - exact).norm() / exact.norm())
+    relative = float((found - exact).norm() / exact.norm())
     ranking = spearman(found.numpy(), exact.numpy()) if len(examples) >= RANKED else None
-    return Check(route, name, "ok" if error <= bound else "fail", error, bound, ranking)
+    return Check(route, name, "ok" if relative <= bound else "fail", relative, bound, ranking)
