@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from u2a_fast import ops
 from u2a_fast.influence.breakdown import module_derivatives, token_derivatives
+from u2a_fast.influence.index import GradientIndex
 from u2a_fast.influence.objectives import DPO, SFT, Reward
 from u2a_fast.influence.routes import directional_derivatives
 from u2a_fast.influence.scorer import InfluenceScorer, Scores
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DPO",
     "SFT",
+    "GradientIndex",
     "InfluenceScorer",
     "Reward",
     "Scores",
