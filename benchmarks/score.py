@@ -76,6 +76,8 @@ def _contestants(
             contestants[name] = lambda examples: passes(examples).derivatives[0]
 
         setup[name] = once(prepare)
+    together = contestants["fp32"]
+    contestants["batch_invariant"] = lambda examples: torch.cat([together([example]) for example in examples])
     decoder = Decoder(copy.deepcopy(workload.model))
     contestants["forward"] = lambda examples: forward_full_head(decoder, examples)
     contestants["forward_answer"] = lambda examples: forward_answer_head(decoder, examples)
@@ -94,7 +96,8 @@ def _gate(workload: Workload, direction: dict[str, Tensor], contestants: dict[st
     checked = workload.examples[:CHECKED]
     exact = float64_scores(workload.model, direction, checked)
     errors = {"fp32": score_error(scores["fp32"][: len(checked)], exact)}
-    errors |= {n: score_error(contestants[n](checked), exact) for n in contestants if n.startswith("public")}
+    others = [name for name in contestants if name.startswith("public") or name == "batch_invariant"]
+    errors |= {name: score_error(contestants[name](checked), exact) for name in others}
     for name, error in errors.items():
         if not error <= AGREEMENT:
             raise GateError(f"{workload.name}: {name} scores differ from float64 autograd by {error:.1e} (relative)")

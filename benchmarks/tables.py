@@ -29,6 +29,7 @@ CONTESTANTS = {
     "forward_answer": "forward pass, LM head on answer tokens",
     "fp32": "u2a_fast, float32",
     "bf16": "u2a_fast, bfloat16",
+    "batch_invariant": "u2a_fast, float32, batch_invariant",
     "lowrank16": "u2a_fast, low rank 16, float32",
     "lowrank32": "u2a_fast, low rank 32, float32",
     "lowrank64": "u2a_fast, low rank 64, float32",

@@ -4,9 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from u2a_fast import ops
+from u2a_fast.influence.breakdown import module_derivatives, token_derivatives
+from u2a_fast.influence.index import GradientIndex
 from u2a_fast.influence.objectives import DPO, SFT, Reward
 from u2a_fast.influence.routes import directional_derivatives
 from u2a_fast.influence.scorer import InfluenceScorer, Scores
+from u2a_fast.influence.selftest import selftest
 from u2a_fast.influence.signal import signal_check
 
 __version__ = "0.1.0"
@@ -14,14 +17,18 @@ __version__ = "0.1.0"
 __all__ = [
     "DPO",
     "SFT",
+    "GradientIndex",
     "InfluenceScorer",
     "Reward",
     "Scores",
     "align",
     "directional_derivatives",
+    "module_derivatives",
     "ops",
     "select",
+    "selftest",
     "signal_check",
+    "token_derivatives",
     "unlearn",
 ]
 

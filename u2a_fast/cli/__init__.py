@@ -11,6 +11,7 @@ from u2a_fast.cli.bench import bench
 from u2a_fast.cli.evaluate import evaluate
 from u2a_fast.cli.score import score
 from u2a_fast.cli.select import select
+from u2a_fast.cli.selftest import selftest
 from u2a_fast.cli.show import demo, doctor, report
 from u2a_fast.cli.train import unlearn
 
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # the boxed help cuts long option names short
 )
-for command in (score, select, unlearn, align, evaluate, report, demo, doctor):
+for command in (score, select, unlearn, align, evaluate, report, demo, doctor, selftest):
     app.command()(command)
 app.add_typer(bench)
 

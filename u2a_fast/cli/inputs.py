@@ -108,7 +108,7 @@ def make_scorer(
         damping=options["damping"],
         token_budget=options["token_budget"],
         dtype=None if dtype == "auto" else getattr(torch, dtype),
-        **{name: plain(options[name]) for name in ("mode", "rank", "fraction") if name in options},
+        **{name: plain(options[name]) for name in ("mode", "rank", "fraction", "batch_invariant") if name in options},
     )
 
 

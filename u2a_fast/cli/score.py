@@ -38,6 +38,10 @@ SCORING: o.Group = {
     "mode": (o.option(o.ModeKind, "auto, forward, reverse: exact. lowrank, layers: approximate."), o.ModeKind.auto),
     "rank": (o.option(int, "Singular vectors kept of a matrix, for lowrank.", min=1), 16),
     "fraction": (o.option(float | None, "Cost beyond a forward pass that layers may spend; default 0.5."), None),
+    "batch_invariant": (
+        o.option(bool, "Bits that do not depend on what is scored beside: one example at a time.", "--batch-invariant"),
+        False,
+    ),
     "window": (o.option(int, "Negatives between two checkpoints.", min=1), 2048),
 }
 

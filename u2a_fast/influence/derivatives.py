@@ -27,8 +27,14 @@ Direction = Mapping[str, Tensor]
 Approximate = Callable[[Decoder, dict[str, Tensor]], Approximation]
 
 
-def resolve_token_budget(given: int | None, device: torch.device) -> int:
-    """Tokens a batch; by default enough for matrix products at full rate, few enough to fit beside the weights."""
+def resolve_token_budget(given: int | None, device: torch.device, *, batch_invariant: bool = False) -> int:
+    """Tokens a batch; by default enough for matrix products at full rate, few enough to fit beside the weights.
+
+    ``batch_invariant``: one, so that every example goes alone. Then libraries, which choose their kernels by shape, and
+    with them the order of their sums, see nothing of its companions.
+    """
+    if batch_invariant:
+        return 1
     if given is not None:
         return given
     return 16384 if device.type == "cuda" else 2048
@@ -76,6 +82,7 @@ class DerivativeBatch:
         parts: every module's share of the derivatives, (K, B) float64 by its path, in the order of their calls (of the
             reverse route).
         bound: (K, B), how far the exact derivatives may be from these at most; None where nothing was bounded.
+        by_token: (K, M), the derivatives of every scored token's own NLL, example after example (of the forward route).
     """
 
     derivatives: Tensor
@@ -83,6 +90,7 @@ class DerivativeBatch:
     tokens: Tensor
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     bound: Tensor | None = None
+    by_token: Tensor | None = None
 
 
 class DerivativePass:
@@ -127,6 +135,13 @@ class DerivativePass:
         with evaluation_mode(model):
             check_packing(self.decoder)
             self.capture = Capture(self.decoder, self.approximation.kept, self.approximation.factors)
+
+    @property
+    def module_paths(self) -> list[str]:
+        """The modules that hold parameters of the directions, the LM head last."""
+        paths = [site.path for site in self.capture.sites]
+        head = self._dweight is not None or self._dbias is not None
+        return [*paths, self.decoder.head_path] if head else paths
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -96,10 +96,10 @@ class ForwardPass:
                 rows.append(jvp)
             if not rows:
                 logp, _ = self._one(packed, {})
-            stacked = torch.stack(rows) if rows else logp.new_zeros(0, len(logp))
-            derivatives = -reduce_tokens(stacked, packed, self.reduction)
+            by_token = -torch.stack(rows) if rows else logp.new_zeros(0, len(logp))
+            derivatives = reduce_tokens(by_token, packed, self.reduction)
             nll = -reduce_tokens(logp[None], packed, self.reduction)[0]
-        return DerivativeBatch(derivatives.to(out_dtype), nll, torch.tensor(packed.scored))
+        return DerivativeBatch(derivatives.to(out_dtype), nll, torch.tensor(packed.scored), by_token=by_token)
 
     def _one(self, packed: Packed, tangents: Direction) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the scored tokens and their tangents, (M) and (M)."""

@@ -124,6 +124,7 @@ def directional_derivatives(
     rank: int = 16,
     token_budget: int | None = None,
     dtype: torch.dtype | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """<direction, grad NLL_i> for every example i, exactly by default, without forming a per-example gradient.
 
@@ -140,6 +141,9 @@ def directional_derivatives(
         rank: singular vectors that ``"lowrank"`` keeps of a matrix.
         token_budget: most tokens a batch (an example longer than that goes alone); None: 2048 on CPU, 16384 on CUDA.
         dtype: precision of the model's passes; accumulation is float32 whatever it is. None: the model's own.
+        batch_invariant: an example's derivative has the same bits whatever its companions, their order and the token
+            budget, on one machine with one number of threads and one version of every library. Every example runs
+            alone, shared prompts too: what that costs is measured in u2a_fast docs/benchmarks.md.
 
     Returns:
         (B), or (K, B) for a list of directions: float32 (float64 for a float64 model), on the model's device.
@@ -152,7 +156,7 @@ def directional_derivatives(
     if torch.is_inference_mode_enabled():
         raise RuntimeError("[directional_derivatives] expected to be called outside of torch.inference_mode()")
     passes, _ = make_pass(model, directions, mode=mode, rank=rank, reduction=reduction, dtype=dtype)
-    budget = resolve_token_budget(token_budget, passes.decoder.device)
+    budget = resolve_token_budget(token_budget, passes.decoder.device, batch_invariant=batch_invariant)
     out_dtype = torch.float64 if passes.double else torch.float32
     out = torch.empty(passes.count, len(examples), dtype=out_dtype, device=passes.decoder.device)
     with passes.running():

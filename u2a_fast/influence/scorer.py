@@ -50,6 +50,8 @@ class InfluenceScorer:
         rank: singular vectors that ``"lowrank"`` and ``"shortlist"`` keep of a matrix.
         fraction: of the negatives that ``"shortlist"`` scores exactly (default 0.1), or of the cost beyond a forward
             pass that ``"layers"`` may spend (default 0.5).
+        batch_invariant: scores of the same bits whatever is scored beside them, as in ``directional_derivatives``; the
+            direction too is made one example at a time.
 
     Attributes:
         choice: the exact route that was taken last and why; None before.
@@ -72,6 +74,7 @@ class InfluenceScorer:
         mode: str = "auto",
         rank: int = 16,
         fraction: float | None = None,
+        batch_invariant: bool = False,
     ) -> None:
         check_mode(mode, fraction)
         check_rank(rank)
@@ -85,7 +88,8 @@ class InfluenceScorer:
         self.loss, self.npo_beta, self.reduction = loss, npo_beta, reduction
         self.damping, self.dtype = damping, dtype
         self.mode, self.rank, self.fraction = mode, rank, fraction
-        self.token_budget = resolve_token_budget(token_budget, next(model.parameters()).device)
+        device = next(model.parameters()).device
+        self.token_budget = resolve_token_budget(token_budget, device, batch_invariant=batch_invariant)
         self._curvature = curvature
         self._solver: Curvature | None = Identity() if curvature == "identity" else None
         self._direction: dict[str, Tensor] | None = None

@@ -11,11 +11,12 @@ from u2a_fast import ops
 from u2a_fast.models.decoder import segment_sum
 from u2a_fast.models.kinds import Kind
 from u2a_fast.models.low_rank import LowRank, Spectrum
+from u2a_fast.models.projection import Projection
 
 __all__ = ["Contraction", "Factors", "Site", "contraction"]
 
 Contraction = Callable[[Tensor, Tensor], Tensor]  # (output gradient, cu_seqlens) -> (K, B), more rows for factors
-Factors = LowRank | Spectrum
+Factors = LowRank | Spectrum | Projection
 
 
 @dataclass

@@ -75,6 +75,10 @@ class Decoder:
             return None
         return Head(module.weight, module.bias, self.scale, self.softcap)
 
+    def materialize_head(self) -> None:
+        """Take the head as one module among others: the logits of the scored tokens are materialized."""
+        self.head = None
+
     @property
     def head_path(self) -> str:
         """The LM head's name among ``model.named_modules()``."""

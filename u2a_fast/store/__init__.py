@@ -1,10 +1,12 @@
 """Results on disk: whole files only, and scores that resume."""
 
 from u2a_fast.store.files import lock_folder, sha256_of_files, write_atomically, write_text
+from u2a_fast.store.gradients import GradientShards
 from u2a_fast.store.scores import ScoreSummary, check_target, read_scores, score_to_parquet
 from u2a_fast.store.selections import read_selection, write_selection
 
 __all__ = [
+    "GradientShards",
     "ScoreSummary",
     "check_target",
     "lock_folder",
