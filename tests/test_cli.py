@@ -111,6 +111,15 @@ def test_score_agrees_with_the_python_api(home, tmp_path):
     assert read_scores(tmp_path / "out")["score"].tolist() == expected.score.tolist()
 
 
+def test_batch_invariant_scores_do_not_depend_on_windows_and_budgets(home, tmp_path):
+    options = ["--batch-invariant", "--no-signal-check"]
+    run(*scoring(home, tmp_path / "first", *options))
+    run(*scoring(home, tmp_path / "second", *options, "--window", 17, "--token-budget", 50))
+    first, second = (read_scores(tmp_path / name) for name in ("first", "second"))
+    assert first["score"].tolist() == second["score"].tolist()
+    assert yaml.safe_load((tmp_path / "first" / "run.yaml").read_text())["options"]["batch_invariant"] is True
+
+
 @pytest.mark.parametrize("objective", ["rewards", "positives"])
 def test_other_objectives_follow_from_their_data(home, tmp_path, objective):
     run(*scoring(home, tmp_path / "out", objective=objective))
