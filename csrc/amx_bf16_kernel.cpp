@@ -69,7 +69,10 @@ struct TileEngine {
     return panel;
   }
 
-  static void multiply(const Packed* a, const Packed* b, int64_t k, float* c, int64_t ldc, bool add) {
+  // The vector units are free while the tile unit multiplies: `beside` is called after each of its steps.
+  template <class Beside = NothingBeside>
+  static void multiply(const Packed* a, const Packed* b, int64_t k, float* c, int64_t ldc, bool add,
+                       const Beside& beside = {}) {
     const int64_t row_bytes = ldc * sizeof(float);
     memory_fence();
     if (add) {
@@ -83,7 +86,8 @@ struct TileEngine {
       _tile_zero(2);
       _tile_zero(3);
     }
-    for (int64_t step = 0; step < ceil_div(k, 2 * W); ++step, a += 2 * kTile, b += 2 * kTile) {
+    const int64_t steps = ceil_div(k, 2 * W);
+    for (int64_t step = 0; step < steps; ++step, a += 2 * kTile, b += 2 * kTile) {
       _tile_loadd(4, a, 64);
       _tile_loadd(6, b, 64);
       _tile_loadd(7, b + kTile, 64);
@@ -92,6 +96,7 @@ struct TileEngine {
       _tile_loadd(5, a + kTile, 64);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
+      beside(step, steps);
     }
     _tile_stored(0, c, row_bytes);
     _tile_stored(1, c + W, row_bytes);

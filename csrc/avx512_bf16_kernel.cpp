@@ -36,7 +36,9 @@ struct PairEngine {
     return panel;
   }
 
-  static void multiply(const Packed* a, const Packed* b, int64_t k, float* c, int64_t ldc, bool add) {
+  template <class Beside = NothingBeside>
+  static void multiply(const Packed* a, const Packed* b, int64_t k, float* c, int64_t ldc, bool add,
+                       const Beside& beside = {}) {
     __m512 sum[MR][2];
 #pragma GCC unroll 12
     for (int r = 0; r < MR; ++r) {
@@ -57,6 +59,7 @@ struct PairEngine {
       _mm512_storeu_ps(c + r * ldc, sum[r][0]);
       _mm512_storeu_ps(c + r * ldc + W, sum[r][1]);
     }
+    beside(0, 1);
   }
 };
 
