@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ghost_dot_rows.h"
+#include "ghost_dot_tile.h"
 
 namespace u2a {
 namespace {
@@ -25,16 +26,33 @@ inline double segment_sum(const double* rows, int64_t begin, int64_t end) {
   return sum;
 }
 
+// Each example takes the form that is cheaper for it alone, so that its bits do not depend on what it is batched with.
 template <class E, class T>
 void ghost_dot_with(const GhostDot& op, const Parallel& parallel) {
   using S = typename E::Accumulate;
-  Buffer rows(op.k * op.n * sizeof(double)), wanted(ceil_div(op.n, E::MR));
-  std::memset(wanted.as<bool>(), 1, ceil_div(op.n, E::MR));
+  Buffer sums(op.k * op.b * sizeof(double)), rows(op.k * op.n * sizeof(double)), tiled(op.b * sizeof(int32_t));
+  Buffer wanted(ceil_div(op.n, E::MR));
+  std::memset(sums.as<double>(), 0, op.k * op.b * sizeof(double));
+  std::memset(wanted.as<bool>(), 0, ceil_div(op.n, E::MR));
+  int64_t count = 0;
+  for (int64_t i = 0; i < op.b; ++i) {
+    const int64_t begin = op.cu_seqlens[i], end = op.cu_seqlens[i + 1];
+    if (tile_form_is_cheaper<E>(end - begin, op.k)) {
+      tiled.as<int32_t>()[count++] = static_cast<int32_t>(i);
+    } else {
+      for (int64_t panel = begin / E::MR; panel < ceil_div(end, E::MR); ++panel) wanted.as<bool>()[panel] = true;
+    }
+  }
+  if (count > 0) TileDots<E, T>(op, parallel, tiled.as<int32_t>(), count, sums.as<double>()).run();
+  if (count < op.b) TokenDots<E, T>(op, parallel, wanted.as<bool>(), rows.as<double>()).run();
   S* out = static_cast<S*>(op.out);
-  TokenDots<E, T>(op, parallel, wanted.as<bool>(), rows.as<double>()).run();
   for (int64_t k = 0; k < op.k; ++k) {
-    for (int64_t i = 0; i < op.b; ++i)
-      out[k * op.b + i] = S(segment_sum(rows.as<double>() + k * op.n, op.cu_seqlens[i], op.cu_seqlens[i + 1]));
+    for (int64_t i = 0, next = 0; i < op.b; ++i) {
+      const bool by_tile = next < count && tiled.as<int32_t>()[next] == i;
+      next += by_tile;
+      out[k * op.b + i] = S(by_tile ? sums.as<double>()[k * op.b + i]
+                                    : segment_sum(rows.as<double>() + k * op.n, op.cu_seqlens[i], op.cu_seqlens[i + 1]));
+    }
   }
 }
 
