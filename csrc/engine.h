@@ -144,9 +144,7 @@ class Panels {
     });
   }
   // The panel that starts with `row`, a multiple of the width.
-  Packed* at(int64_t row) const {
-    return buffer_.template as<Packed>() + (is_a_ ? row / E::MR : row / E::NR) * size_;
-  }
+  Packed* at(int64_t row) const { return buffer_.template as<Packed>() + (is_a_ ? row / E::MR : row / E::NR) * size_; }
   int64_t depth() const { return k_; }
 
  private:

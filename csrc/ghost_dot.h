@@ -50,8 +50,9 @@ void ghost_dot_with(const GhostDot& op, const Parallel& parallel) {
     for (int64_t i = 0, next = 0; i < op.b; ++i) {
       const bool by_tile = next < count && tiled.as<int32_t>()[next] == i;
       next += by_tile;
-      out[k * op.b + i] = S(by_tile ? sums.as<double>()[k * op.b + i]
-                                    : segment_sum(rows.as<double>() + k * op.n, op.cu_seqlens[i], op.cu_seqlens[i + 1]));
+      out[k * op.b + i] =
+          S(by_tile ? sums.as<double>()[k * op.b + i]
+                    : segment_sum(rows.as<double>() + k * op.n, op.cu_seqlens[i], op.cu_seqlens[i + 1]));
     }
   }
 }

@@ -126,7 +126,7 @@ class TokenDots {
   // dotted with g while the next is being multiplied.
   void add_panel(const Packed* a, int64_t row, int64_t count, const Panels<E>& b, int64_t first, int64_t columns,
                  int64_t o, double* rows) {
-        RowDots<E, T> dots{g_.from_row(row).data + o, g_.row, count};
+    RowDots<E, T> dots{g_.from_row(row).data + o, g_.row, count};
     alignas(64) S tile[2][E::MR * E::NR];
     int64_t previous = 0, made = 0;
     for (int64_t depth = 0; depth < b.depth(); depth += blocking_.step) {
@@ -135,7 +135,8 @@ class TokenDots {
         E::multiply(a + E::a_panel_size(depth), b.at(first + c) + E::b_panel_size(depth),
                     smaller(blocking_.step, b.depth() - depth), tile[made % 2], E::NR, false,
                     [&](int64_t share, int64_t shares) {
-                      if (made > 0) dots.add(finished, previous, smaller<int64_t>(E::NR, columns - previous), share, shares);
+                      if (made > 0)
+                        dots.add(finished, previous, smaller<int64_t>(E::NR, columns - previous), share, shares);
                     });
         previous = c;
       }

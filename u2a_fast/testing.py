@@ -107,6 +107,17 @@ def _ghost_rows() -> Iterator[tuple[str, dict[str, int], dict[str, Any]]]:
         yield "ghost_dot", {**sizes, "K": k}, {"lengths": lengths}
         if k == 1 or not lengths:
             yield "ghost_norm", sizes, {"lengths": lengths}
+    # Several directions over examples from one token on: short ones take the row form, long ones the tile form, in one
+    # call, with more directions than registers and examples than are contracted together.
+    mixed = (1, 2, 17, 0, 40, 128, 3, 33, 64)
+    for i, o, k, lengths in (
+        (16, 24, 2, (1, 2, 17, 60)),
+        (37, 70, 5, mixed),
+        (96, 130, 16, (128, 128)),
+        (30, 9, 35, mixed),
+    ):
+        sizes = {"N": sum(lengths), "B": len(lengths), "I": i, "O": o, "K": k}
+        yield "ghost_dot", sizes, {"lengths": lengths}
     # Long examples over narrow layers take the tile form of the norm.
     yield "ghost_norm", {"N": 131, "B": 3, "I": 6, "O": 10}, {"lengths": (90, 1, 40)}
     yield "ghost_norm", {"N": 150, "B": 2, "I": 35, "O": 19}, {"lengths": (140, 10)}
@@ -141,6 +152,8 @@ def _timing_rows() -> Iterator[tuple[str, dict[str, int], dict[str, Any]]]:
         sizes = {"N": sum(lengths), "B": len(lengths), "I": i, "O": o}
         yield "ghost_dot", {**sizes, "K": 1}, {"lengths": lengths}
         yield "ghost_norm", sizes, {"lengths": lengths}
+    for i, o in ((256, 704), (1024, 1024)):
+        yield "ghost_dot", {"N": sum(lengths), "B": len(lengths), "I": i, "O": o, "K": 16}, {"lengths": lengths}
     for d, v in ((384, 8192), (512, 32000)):
         sizes = {"N": 512, "D": d, "V": v}
         yield "linear_logprob", sizes, {}
@@ -362,7 +375,8 @@ def cost(case: Case) -> tuple[int, int]:
     element = torch.finfo(case.dtype).bits // 8
     moved = sum(arguments.values()) * element
     if case.op == "ghost_dot":
-        return 2 * s["K"] * s["N"] * s["I"] * s["O"], moved + 4 * s["K"] * s["B"]
+        rows, tiles = s["K"] * s["N"], s["N"] + s["K"] * s["B"]
+        return 2 * min(rows, tiles) * s["I"] * s["O"], moved + 4 * s["K"] * s["B"]
     if case.op == "ghost_norm":
         flops = sum(min(t * t * (s["I"] + s["O"]), 2 * t * s["I"] * s["O"]) for t in case.lengths)
         return flops, moved + 4 * s["B"]
