@@ -25,7 +25,7 @@ struct TileEngine {
   using Intermediate = BFloat16;
   using Packed = uint32_t;
   static constexpr int MR = 32, NR = 32, W = 16, kTile = 16 * 16;
-  static constexpr int kDepth = 32, kDirectionTokens = 8;
+  static constexpr int kDepth = 32, kDirectionTokens = 30;
   struct Scope {
     Scope() {
       const TileConfig config;
