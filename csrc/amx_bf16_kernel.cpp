@@ -70,10 +70,26 @@ struct TileEngine {
     return panel;
   }
 
+  // A panel of A from MR rows of NR sums, the depths.
+  static const Packed* pack_a_rows(const float* rows, Packed* panel) {
+    for (int64_t r = 0; r < MR; ++r) store(panel + r * W, rounded_row(rows + r * NR));
+    return panel;
+  }
+  static void multiply_rows(const Packed* a, const Packed* b, int64_t k, float* c, int64_t ldc, bool add) {
+    multiply(a, b, k, c, ldc, add);
+  }
+
   // The vector units are free while the tile unit multiplies: `beside` is called after each of its steps.
   template <class Beside = NothingBeside>
   static void multiply(const Packed* a, const Packed* b, int64_t k, float* c, int64_t ldc, bool add,
                        const Beside& beside = {}) {
+    multiply_tiles(a, a + kTile, 2 * kTile, 64, b, k, c, ldc, add, beside);
+  }
+
+  // The tiles of A's upper and lower 16 rows, their rows `stride` bytes apart, each `next` elements before its next.
+  template <class T, class Beside = NothingBeside>
+  static void multiply_tiles(const T* upper, const T* lower, int64_t next, int64_t stride, const Packed* b, int64_t k,
+                             float* c, int64_t ldc, bool add, const Beside& beside = {}) {
     const int64_t row_bytes = ldc * sizeof(float);
     memory_fence();
     if (add) {
@@ -88,13 +104,13 @@ struct TileEngine {
       _tile_zero(3);
     }
     const int64_t steps = ceil_div(k, 2 * W);
-    for (int64_t step = 0; step < steps; ++step, a += 2 * kTile, b += 2 * kTile) {
-      _tile_loadd(4, a, 64);
+    for (int64_t step = 0; step < steps; ++step, upper += next, lower += next, b += 2 * kTile) {
+      _tile_loadd(4, upper, stride);
       _tile_loadd(6, b, 64);
       _tile_loadd(7, b + kTile, 64);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, a + kTile, 64);
+      _tile_loadd(5, lower, stride);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
       beside(step, steps);
@@ -105,6 +121,34 @@ struct TileEngine {
     _tile_stored(3, c + W * ldc + W, row_bytes);
     memory_fence();
   }
+};
+
+// Tiles are loaded from the rows themselves where these are whole.
+template <>
+class RowBlock<TileEngine, BFloat16> {
+  using E = TileEngine;
+
+ public:
+  RowBlock() : panel_(E::MR, kStretch<BFloat16>, true) {}
+
+  void load(View<BFloat16> rows, int64_t count, int64_t k) {
+    rows_ = rows;
+    whole_ = count >= E::MR && k % (2 * E::W) == 0;
+    if (!whole_) E::pack_a(rows, count, k, panel_.at(0));
+  }
+
+  void multiply(const uint32_t* b, int64_t k, float* c, int64_t ldc, bool add) const {
+    if (whole_)
+      E::multiply_tiles(rows_.data, rows_.data + E::W * rows_.row, 2 * E::W, rows_.row * sizeof(BFloat16), b, k, c, ldc,
+                        add);
+    else
+      E::multiply(panel_.at(0), b, k, c, ldc, add);
+  }
+
+ private:
+  Panels<E> panel_;
+  View<BFloat16> rows_{nullptr, 0, 1};
+  bool whole_ = false;
 };
 
 }  // namespace

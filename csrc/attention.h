@@ -12,10 +12,6 @@
 namespace u2a {
 namespace {
 
-// Keys per step: a multiple of every engine's MR and of the 32 depths of a tile of pairs. With NR queries, scores and a
-// tangent fit the level-1 cache.
-constexpr int64_t kKeyBlock = 192, kKeyStep = 96;
-
 // Keys and values of one segment and key head, and their tangents, packed; kept until another is asked for.
 template <class E, class T>
 class PackedKeys {
@@ -50,12 +46,6 @@ class PackedKeys {
   const Attention& op_;
   int64_t key_rows_, value_rows_, first_ = -1, tokens_ = -1, head_ = -1;
   Panels<E> keys_, values_;
-};
-
-// A block's scores: rows from `lo` to `hi` are keys from t on; key row r lies `offset` + r tokens after the first
-// query.
-struct KeyRange {
-  int64_t t, lo, hi, offset;
 };
 
 template <class E, class T>
@@ -107,15 +97,8 @@ class AttentionPass {
     std::memset(mean_.template as<S>(), 0, op_.k_directions * NR * sizeof(S));
   }
 
-  // Takes in the visible ones of keys whose first lies at `position`.
   void attend(const PackedKeys<E, T>& keys, int64_t position, int64_t tokens, const QueryBlock& block) {
-    const int64_t query = block.before + block.first - block.own;
-    const int64_t end = smaller(tokens, query + block.count - position);
-    const int64_t begin = op_.window ? larger<int64_t>(0, query - op_.window + 1 - position) : 0;
-    for (int64_t t = begin / kKeyBlock * kKeyBlock; t < end; t += kKeyBlock) {
-      const int64_t lo = larger<int64_t>(0, begin - t) / kKeyStep * kKeyStep;
-      add_block(keys, {t, lo, smaller(kKeyBlock, end - t), position + t - query});
-    }
+    for_key_ranges(op_, block, position, tokens, [&](const KeyRange& at) { add_block(keys, at); });
   }
 
   S* scores(int64_t j) { return scores_.template as<S>() + j * kScores; }
@@ -131,59 +114,56 @@ class AttentionPass {
         E::multiply(keys.key_panel(j, at.t + r), queries_.at(0), op_.e, scores(j) + row, NR, true);
       }
     }
-    if (op_.softcap != 0) cap(at.hi - at.lo);
-    mask(at);
+    if (op_.softcap != 0 || op_.scale <= 0) finish_scores(at.hi - at.lo);
+    for (int64_t r = at.lo; r < at.hi; ++r) hide(op_, at.offset + r, scores(0) + (r - at.lo) * NR, NR, -S(INFINITY));
     exponentiate(at.hi - at.lo);
     for (int64_t j = 1; j <= op_.k_directions; ++j) weigh_tangent(j, at.hi - at.lo);
     add_values(keys, at);
     fresh_ = false;
   }
 
-  // Scores become c(scale s), the tangents' c'(scale s) ds.
-  void cap(int64_t rows) {
-    const S into = S(op_.scale / op_.softcap), softcap = S(op_.softcap);
+  // Scores become c(scale s), the tangents' c'(scale s) ds. A scale > 0 alone waits for the exponential.
+  void finish_scores(int64_t rows) {
+    const S scale = S(op_.scale), softcap = S(op_.softcap);
     for (int64_t c = 0; c < rows * NR; c += W) {
-      const Vec<S> t = tanh_lanes(Vec<S>(load(scores(0) + c) * into));
+      const Vec<S> x = load(scores(0) + c) * scale;
+      if (softcap == 0) {
+        store(scores(0) + c, x);
+        continue;
+      }
+      const Vec<S> t = tanh_lanes(Vec<S>(x / softcap));
       store(scores(0) + c, Vec<S>(t * softcap));
       for (int64_t j = 1; j <= op_.k_directions; ++j) store(scores(j) + c, Vec<S>(load(scores(j) + c) * (1 - t * t)));
     }
   }
 
-  void mask(const KeyRange& at) {
-    for (int64_t r = at.lo; r < at.hi; ++r) {
-      const int64_t first = at.offset + r;  // the first query that sees the key, and the last
-      const int64_t last = op_.window ? first + op_.window - 1 : NR;
-      if (first <= 0 && last >= NR - 1) continue;
-      S* row = scores(0) + (r - at.lo) * NR;
-      for (int64_t c = 0; c < NR; ++c)
-        row[c] = c < first || c > last ? S(op_.softcap != 0 || op_.scale >= 0 ? -INFINITY : INFINITY) : row[c];
-    }
-  }
-
-  // Scores become e^(s - max); all sums so far are rescaled to the new maximum.
+  // Scores become e^(s - max), by powers of 2; all sums so far are rescaled to the new maximum.
   void exponentiate(int64_t rows) {
-    const S factor = op_.softcap != 0 ? S(1) : S(op_.scale);
+    const S factor = S(op_.softcap != 0 || op_.scale <= 0 ? kLog2E : op_.scale * kLog2E);
     Vec<S> high[V], total[V] = {}, shift[V];
-    for (int v = 0; v < V; ++v) high[v] = load(max_ + v * W);
+    for (int v = 0; v < V; ++v) high[v] = splat(-S(INFINITY));
     S* s = scores(0);
     for (int64_t c = 0; c < rows * NR; c += NR) {
       for (int v = 0; v < V; ++v) {
-        const Vec<S> x = load(s + c + v * W) * factor;
+        const Vec<S> x = load(s + c + v * W);
         high[v] = x > high[v] ? x : high[v];
       }
     }
     bool grew = false;
     for (int v = 0; v < V; ++v) {
+      const Vec<S> before = load(max_ + v * W);
+      high[v] = high[v] * factor;
+      high[v] = before > high[v] ? before : high[v];
       // a query that has seen no key yet has no maximum to subtract
       shift[v] = high[v] == -S(INFINITY) ? Vec<S>{} : high[v];
-      const Vec<S> scale = exp_lanes(Vec<S>(load(max_ + v * W) - shift[v]));
+      const Vec<S> scale = exp2_lanes(Vec<S>(before - shift[v]));
       store(rescale_ + v * W, scale);
       for (int lane = 0; lane < W; ++lane) grew = grew || scale[lane] != 1;
       store(max_ + v * W, high[v]);
     }
     for (int64_t c = 0; c < rows * NR; c += NR) {
       for (int v = 0; v < V; ++v) {
-        const Vec<S> x = exp_lanes(Vec<S>(load(s + c + v * W) * factor - shift[v]));
+        const Vec<S> x = exp2_lanes(Vec<S>(load(s + c + v * W) * factor - shift[v]));
         store(s + c + v * W, x);
         total[v] += x;
       }
@@ -236,23 +216,15 @@ class AttentionPass {
 
   void write(const QueryBlock& block, int64_t head) {
     S* lse = static_cast<S*>(op_.lse) + block.first * op_.h + head;
-    for (int64_t t = 0; t < block.count; ++t) lse[t * op_.h] = max_[t] + std::log(sum_[t]);
-    for (int c = 0; c < NR; c += W) {
-      const Vec<S> inverse = 1 / load(sum_ + c);
-      for (int64_t j = 0; j <= op_.k_directions; ++j) {
-        T* to = static_cast<T*>(j == 0 ? op_.out : op_.dout);
-        to += ((j == 0 ? 0 : (j - 1) * op_.n) + block.first + c) * op_.h * op_.f + head * op_.f;
-        for (int64_t f = 0; f < op_.f; f += W) {
-          Vec<S> square[W];
-          for (int r = 0; r < W; ++r) {
-            square[r] = load(out(j) + (f + r) * NR + c) * inverse;
-            if (j > 0) square[r] -= load(mean(j - 1) + c) * inverse * (load(out(0) + (f + r) * NR + c) * inverse);
-          }
-          transpose(square);
-          for (int64_t t = 0; t < smaller<int64_t>(W, block.count - c); ++t)
-            store_rounded<S>(to + t * op_.h * op_.f + f, square[t], op_.f - f);
-        }
-      }
+    for (int64_t t = 0; t < block.count; ++t) lse[t * op_.h] = S(max_[t] / kLog2E + std::log(double(sum_[t])));
+    for (int64_t j = 0; j <= op_.k_directions; ++j) {
+      const int64_t row = ((j == 0 ? 0 : (j - 1) * op_.n) + block.first) * op_.h + head;
+      T* to = static_cast<T*>(j == 0 ? op_.out : op_.dout) + row * op_.f;
+      write_transposed<S, NR>(out(j), op_.f, block.count, to, op_.h * op_.f, [&](Vec<S> x, int c, int64_t f) {
+        const Vec<S> inverse = 1 / load(sum_ + c);
+        if (j > 0) x -= load(mean(j - 1) + c) * (load(out(0) + f * NR + c) * inverse);
+        return Vec<S>(x * inverse);
+      });
     }
   }
 
@@ -262,7 +234,7 @@ class AttentionPass {
   Panels<E> queries_;
   Buffer scores_, weights_, out_, mean_;
   bool fresh_ = true;
-  alignas(64) S max_[NR], sum_[NR], rescale_[NR];
+  alignas(64) S max_[NR] /* in powers of 2 */, sum_[NR], rescale_[NR];
 };
 
 template <class E, class T>

@@ -6,6 +6,8 @@
 namespace u2a {
 namespace {
 
+constexpr double kLog2E = 1.44269504088896340736;
+
 // Rows of one head as a matrix, from `token` on.
 template <class T>
 View<T> head_rows(const Heads& x, int64_t direction, int64_t token, int64_t head) {
@@ -16,10 +18,29 @@ View<T> head_rows(const Heads& x, int64_t direction, int64_t token, int64_t head
 // The first `count` lanes of x, rounded to T.
 template <class S, class T>
 inline void store_rounded(T* to, Vec<S> x, int64_t count) {
-  if constexpr (sizeof(T) == sizeof(S)) {
-    if (count >= kLanes<S>) return store(to, x);
+  if (count < kLanes<S>) {
+    for (int64_t c = 0; c < count; ++c) convert(S(x[c]), to + c);
+  } else if constexpr (sizeof(T) == sizeof(S)) {
+    store(to, x);
+  } else {
+    store(to, narrow(x, T{}));
   }
-  for (int64_t c = 0; c < smaller<int64_t>(kLanes<S>, count); ++c) convert(S(x[c]), to + c);
+}
+
+// Writes `count` of NR columns, `features` long, as rows `stride` apart; finish(x, column, row) has the last word on W
+// lanes of columns from `column` on.
+template <class S, int NR, class T, class Finish>
+void write_transposed(const S* columns, int64_t features, int64_t count, T* to, int64_t stride, const Finish& finish) {
+  constexpr int W = kLanes<S>;
+  for (int c = 0; c < NR && c < count; c += W) {
+    for (int64_t f = 0; f < features; f += W) {
+      Vec<S> square[W];
+      for (int r = 0; r < W; ++r) square[r] = finish(load(columns + (f + r) * NR + c), c, f + r);
+      transpose(square);
+      for (int64_t t = 0; t < smaller<int64_t>(W, count - c); ++t)
+        store_rounded<S>(to + (c + t) * stride + f, square[t], features - f);
+    }
+  }
 }
 
 // Queries `first` to `first + count` of a segment that owns `tokens` rows from `own` on and continues one that owns
@@ -29,6 +50,36 @@ struct QueryBlock {
   bool continues;
   int64_t cost;  // of all blocks up to this one
 };
+
+// Keys per step: a multiple of every engine's MR and of the 32 depths of a tile of pairs. With NR queries, scores and a
+// tangent fit the level-1 cache.
+constexpr int64_t kKeyBlock = 192, kKeyStep = 96;
+
+// Rows `lo` to `hi` of the scores of a block of keys that starts with the segment's key t; row r's key lies `offset` +
+// r tokens after the first query.
+struct KeyRange {
+  int64_t t, lo, hi, offset;
+};
+
+// Calls body for the ranges that some query of the block sees, out of `tokens` keys whose first lies at `position`.
+template <class Body>
+void for_key_ranges(const Attention& op, const QueryBlock& block, int64_t position, int64_t tokens, const Body& body) {
+  const int64_t query = block.before + block.first - block.own;
+  const int64_t end = smaller(tokens, query + block.count - position);
+  const int64_t begin = op.window ? larger<int64_t>(0, query - op.window + 1 - position) : 0;
+  for (int64_t t = begin / kKeyBlock * kKeyBlock; t < end; t += kKeyBlock) {
+    const int64_t lo = larger<int64_t>(0, begin - t) / kKeyStep * kKeyStep;
+    body(KeyRange{t, lo, smaller(kKeyBlock, end - t), position + t - query});
+  }
+}
+
+// Gives `hidden` to the entries of a score row whose query does not see the row's key.
+template <class S>
+void hide(const Attention& op, int64_t offset, S* row, int64_t width, S hidden) {
+  const int64_t last = op.window ? offset + op.window - 1 : width;
+  if (offset <= 0 && last >= width - 1) return;
+  for (int64_t c = 0; c < width; ++c) row[c] = c < offset || c > last ? hidden : row[c];
+}
 
 class AttentionPlan {
  public:

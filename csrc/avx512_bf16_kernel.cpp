@@ -37,6 +37,18 @@ struct PairEngine {
     return panel;
   }
 
+  // A panel of A from MR rows of NR sums, the depths.
+  static const Packed* pack_a_rows(const float* rows, Packed* panel) {
+    PairSquare square;
+    for (int r = 0; r < W; ++r) square.lanes[r] = r < MR ? rounded_row(rows + r * NR) : VecU{};
+    transpose(square.lanes);
+    for (int q = 0; q < W; ++q) store(panel + q * MR, square.lanes[q]);
+    return panel;
+  }
+  static void multiply_rows(const Packed* a, const Packed* b, int64_t k, float* c, int64_t ldc, bool add) {
+    multiply(a, b, k, c, ldc, add);
+  }
+
   template <class Beside = NothingBeside>
   static void multiply(const Packed* a, const Packed* b, int64_t k, float* c, int64_t ldc, bool add,
                        const Beside& beside = {}) {

@@ -79,5 +79,10 @@ inline VecU rounded_pairs(const float* rows, int64_t stride, int64_t q, int64_t 
   return low | (high << 16);
 }
 
+// 2 W sums in order, rounded.
+inline VecU rounded_row(const float* row) {
+  return bits_as<VecU>(_mm512_cvtne2ps_pbh((__m512)load(row + kLanes<float>), (__m512)load(row)));
+}
+
 }  // namespace
 }  // namespace u2a

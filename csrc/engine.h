@@ -93,13 +93,26 @@ struct VectorEngine {
     pack_panel<NR>(source, count, k, panel);
   }
 
-  // Rows of NR sums, one a depth, are a panel of B as they are.
+  // Rows of NR sums, one a depth, are a panel of B as they are, and MR of them the rows of A for multiply_rows.
   static const Packed* pack_rows(const S* rows, int64_t, Packed*) { return rows; }
+  static const Packed* pack_a_rows(const S* rows, Packed*) { return rows; }
 
   // c (MR x NR, rows ldc apart) = or += a b^T; beside(step, steps) is called `steps` times along the way.
   template <class Beside = NothingBeside>
   static void multiply(const Packed* a, const Packed* b, int64_t k, S* c, int64_t ldc, bool add,
                        const Beside& beside = {}) {
+    product(a, 1, MR, b, k, c, ldc, add);
+    beside(0, 1);
+  }
+  // The same for a from pack_a_rows.
+  static void multiply_rows(const Packed* a, const Packed* b, int64_t k, S* c, int64_t ldc, bool add) {
+    product(a, NR, 1, b, k, c, ldc, add);
+  }
+
+ private:
+  // Element (r, j) of a is a[r * row + j * depth].
+  static inline __attribute__((always_inline)) void product(const Packed* a, int64_t row, int64_t depth,
+                                                            const Packed* b, int64_t k, S* c, int64_t ldc, bool add) {
     constexpr int W = kLanes<S>;
     Vec<S> sum[MR][Vectors];
     for (int r = 0; r < MR; ++r)
@@ -109,14 +122,13 @@ struct VectorEngine {
       for (int v = 0; v < Vectors; ++v) column[v] = load(b + j * NR + v * W);
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
-        const Vec<S> row = splat(a[j * MR + r]);
+        const Vec<S> element = splat(a[r * row + j * depth]);
 #pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) sum[r][v] += row * column[v];
+        for (int v = 0; v < Vectors; ++v) sum[r][v] += element * column[v];
       }
     }
     for (int r = 0; r < MR; ++r)
       for (int v = 0; v < Vectors; ++v) store(c + r * ldc + v * W, sum[r][v]);
-    beside(0, 1);
   }
 };
 

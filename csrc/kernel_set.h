@@ -2,8 +2,13 @@
 #pragma once
 
 #include "attention.h"
+#include "attention_backward.h"
+#include "elementwise.h"
 #include "ghost_dot.h"
+#include "ghost_dot_lowrank.h"
 #include "ghost_norm.h"
+#include "grad_project.h"
+#include "grad_sketch.h"
 #include "linear_logprob.h"
 #include "linear_logprob_backward.h"
 
@@ -43,11 +48,28 @@ constexpr Kernels kernel_set(const char* name) {
       [](const Attention& op, const Parallel& parallel) {
         Set::with_types(op.dtype, [&](auto e, auto t) { attention_with<decltype(e), decltype(t)>(op, parallel); });
       },
+      [](const AttentionBackward& op, const Parallel& parallel) {
+        Set::with_types(op.attention.dtype,
+                        [&](auto e, auto t) { attention_backward_with<decltype(e), decltype(t)>(op, parallel); });
+      },
       [](const GhostDot& op, const Parallel& parallel) {
         Set::with_types(op.dtype, [&](auto e, auto t) { ghost_dot_with<decltype(e), decltype(t)>(op, parallel); });
       },
+      [](const GhostDotLowRank& op, const Parallel& parallel) {
+        Set::with_types(op.dtype,
+                        [&](auto e, auto t) { ghost_dot_lowrank_with<decltype(e), decltype(t)>(op, parallel); });
+      },
       [](const GhostNorm& op, const Parallel& parallel) {
         Set::with_types(op.dtype, [&](auto e, auto t) { ghost_norm_with<decltype(e), decltype(t)>(op, parallel); });
+      },
+      [](const GluJvp& op, const Parallel& parallel) {
+        Set::with_types(op.dtype, [&](auto, auto t) { glu_jvp_with<decltype(t)>(op, parallel); });
+      },
+      [](const GradProject& op, const Parallel& parallel) {
+        Set::with_types(op.dtype, [&](auto e, auto t) { grad_project_with<decltype(e), decltype(t)>(op, parallel); });
+      },
+      [](const GradSketch& op, const Parallel& parallel) {
+        Set::with_types(op.dtype, [&](auto e, auto t) { grad_sketch_with<decltype(e), decltype(t)>(op, parallel); });
       },
       [](const LinearLogprob& op, const Parallel& parallel) {
         Set::with_types(op.head.dtype,
@@ -56,6 +78,12 @@ constexpr Kernels kernel_set(const char* name) {
       [](const LinearLogprobBackward& op, const Parallel& parallel) {
         Set::with_types(op.head.dtype,
                         [&](auto e, auto t) { linear_logprob_backward_with<decltype(e), decltype(t)>(op, parallel); });
+      },
+      [](const RmsNormJvp& op, const Parallel& parallel) {
+        Set::with_types(op.dtype, [&](auto, auto t) { rms_norm_jvp_with<decltype(t)>(op, parallel); });
+      },
+      [](const Rotary& op, const Parallel& parallel) {
+        Set::with_types(op.dtype, [&](auto, auto t) { rotary_with<decltype(t)>(op, parallel); });
       },
   };
 }

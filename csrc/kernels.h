@@ -1,7 +1,7 @@
 // The CPU kernels as plain functions on pointers: no torch, no Python. Letters are those of u2a_fast/reference.py:
-// N packed tokens, B examples, K directions, I input and O output features, D hidden features, V vocabulary, H query
-// and G key heads of E features, F features of values. Every matrix has contiguous rows; `stride` is the distance
-// between rows in elements.
+// N packed tokens, B examples, K directions of rank R, I input and O output features, P and Q of them when projected,
+// D hidden features, V vocabulary, H query and G key heads of E features, F features of values. Every matrix has
+// contiguous rows; `stride` is the distance between rows in elements.
 #pragma once
 
 #include <cstddef>
@@ -32,12 +32,40 @@ struct GhostDot {
   void* out;  // K x B
 };
 
+struct GhostDotLowRank {
+  DType dtype;
+  Matrix a, g;                // N x I, N x O
+  const int32_t* cu_seqlens;  // B + 1
+  Matrix left, right;         // K x O and K x I rows of R
+  int64_t n, b, k, i, o, r;
+  void* out;  // K x B
+};
+
 struct GhostNorm {
   DType dtype;
   Matrix a, g;                // N x I, N x O
   const int32_t* cu_seqlens;  // B + 1
   int64_t n, b, i, o;
   void* out;  // B
+};
+
+struct GradProject {
+  DType dtype;
+  Matrix a, g;                // N x I, N x O
+  const int32_t* cu_seqlens;  // B + 1
+  Matrix p_in, p_out;         // I x P, O x Q
+  int64_t n, b, i, o, p, q;
+  void* out;  // B x Q rows of P
+};
+
+// A sketch of M = dim entries, drawn from `seed`.
+struct GradSketch {
+  DType dtype;
+  Matrix a, g;                // N x I, N x O
+  const int32_t* cu_seqlens;  // B + 1
+  int64_t n, b, i, o, dim;
+  uint64_t seed;
+  void* out;  // B x dim
 };
 
 // A linear head: logits c(h W^T + bias) with c(z) = softcap tanh(z / softcap), or c(z) = z where softcap is 0.
@@ -86,14 +114,53 @@ struct Attention {
   void* dout;       // K x N x H x F
 };
 
+struct RmsNormJvp {
+  DType dtype;
+  Matrix x, dx;                // N x D
+  const void *scale, *dscale;  // D in the accumulation dtype; dscale null for zero
+  double eps;
+  int64_t n, d;
+  void *y, *dy;  // N x D
+};
+
+struct GluJvp {
+  DType dtype;
+  Matrix gate, up, dgate, dup;  // N x I
+  bool gelu;                    // tanh-approximated GELU instead of SiLU
+  int64_t n, i;
+  void *y, *dy;  // N x I
+};
+
+struct Rotary {
+  DType dtype;
+  Heads x;              // N x H rows of E
+  Matrix cosine, sine;  // N x E
+  int64_t n, h, e;
+  void* y;  // N x H x E
+};
+
+struct AttentionBackward {
+  Attention attention;  // of which tangents and results are not used
+  Heads grad, out;      // N x H rows of F
+  const void* lse;      // N x H, in the accumulation dtype
+  void *dq, *dk, *dv;   // N x H x E, N x G x E, N x G x F
+};
+
 // One set of kernels for one instruction set.
 struct Kernels {
   const char* name;
   void (*attention)(const Attention&, const Parallel&);
+  void (*attention_backward)(const AttentionBackward&, const Parallel&);
   void (*ghost_dot)(const GhostDot&, const Parallel&);
+  void (*ghost_dot_lowrank)(const GhostDotLowRank&, const Parallel&);
   void (*ghost_norm)(const GhostNorm&, const Parallel&);
+  void (*glu_jvp)(const GluJvp&, const Parallel&);
+  void (*grad_project)(const GradProject&, const Parallel&);
+  void (*grad_sketch)(const GradSketch&, const Parallel&);
   void (*linear_logprob)(const LinearLogprob&, const Parallel&);
   void (*linear_logprob_backward)(const LinearLogprobBackward&, const Parallel&);
+  void (*rms_norm_jvp)(const RmsNormJvp&, const Parallel&);
+  void (*rotary)(const Rotary&, const Parallel&);
 };
 
 extern const Kernels kPortable;  // any CPU, all dtypes

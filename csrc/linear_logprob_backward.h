@@ -14,7 +14,7 @@ constexpr int64_t kChunkRows = 2048;
 
 inline void store_intermediate(float* p, VecF x) { store(p, x); }
 inline void store_intermediate(double* p, Vec<double> x) { store(p, x); }
-inline void store_intermediate(BFloat16* p, VecF x) { store(p, __builtin_convertvector(round_to_bf16(x), HalfVecU16)); }
+inline void store_intermediate(BFloat16* p, VecF x) { store(p, narrow(x, BFloat16{})); }
 
 template <class E, class T>
 class HeadBackward {

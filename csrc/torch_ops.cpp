@@ -1,17 +1,12 @@
 // The torch door: unwraps tensors for the kernels and registers them on the CPU key of torch.ops.u2a_fast.
 //
-// Built against the LibTorch stable ABI. The checks here only keep memory safe; u2a_fast/ops.py holds the users'
+// Built against the LibTorch stable ABI. The checks here only keep memory safe; u2a_fast/ops holds the users'
 // checks.
 #include <Python.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <optional>
 #include <tuple>
-#include <vector>
 
-#include "kernels.h"
+#include "torch_tensors.h"
 
 PyMODINIT_FUNC PyInit__C(void) {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
@@ -20,97 +15,6 @@ PyMODINIT_FUNC PyInit__C(void) {
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-const u2a::Parallel& torch_threads() {
-  static thread_local u2a::Parallel parallel;
-  parallel.run = [](int64_t count, void* context, u2a::Parallel::Body body) {
-    torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) { body(context, begin, end); });
-  };
-  parallel.threads = static_cast<int>(torch::stable::get_num_threads());
-  return parallel;
-}
-
-u2a::DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return u2a::DType::kFloat32;
-    case ScalarType::BFloat16:
-      return u2a::DType::kBFloat16;
-    case ScalarType::Half:
-      return u2a::DType::kFloat16;
-    case ScalarType::Double:
-      return u2a::DType::kFloat64;
-    default:
-      STD_TORCH_CHECK(false, "expected a float16, bfloat16, float32 or float64 tensor");
-  }
-}
-
-ScalarType accumulation_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-Tensor empty(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
-  return torch::stable::new_empty(like, {size.data(), size.size()}, dtype);
-}
-
-void check_like(const Tensor& x, const Tensor& first, const std::vector<int64_t>& size, const char* name) {
-  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == first.scalar_type(), name, ": device or dtype differs");
-  STD_TORCH_CHECK(x.dim() == static_cast<int64_t>(size.size()), name, ": wrong number of axes");
-  for (size_t axis = 0; axis < size.size(); ++axis)
-    STD_TORCH_CHECK(x.size(axis) == size[axis], name, ": wrong length of axis ", axis);
-}
-
-// A tensor that kernels can read: its rows are contiguous, and all leading axes step like one. Copies only if need be.
-Tensor readable(const Tensor& x) {
-  const int64_t rank = x.dim();
-  bool fits = rank == 0 || x.size(rank - 1) <= 1 || x.stride(rank - 1) == 1;
-  if (rank == 3) fits = fits && (x.size(0) <= 1 || x.stride(0) == x.size(1) * x.stride(1));
-  return fits ? x : torch::stable::contiguous(x);
-}
-
-u2a::Matrix matrix(const Tensor& x) { return {x.const_data_ptr(), x.stride(x.dim() - 2)}; }
-
-// Optional arguments as the kernels take them, and their memory while a kernel runs.
-struct Readable {
-  OptionalTensor tensor;
-  explicit Readable(const OptionalTensor& x) : tensor(x ? OptionalTensor(readable(*x)) : std::nullopt) {}
-  u2a::Matrix rows() const { return tensor ? matrix(*tensor) : u2a::Matrix{nullptr, 0}; }
-};
-
-// Vectors and stacks of vectors are read without strides.
-OptionalTensor dense(const OptionalTensor& x) {
-  return x ? OptionalTensor(torch::stable::contiguous(*x)) : std::nullopt;
-}
-const void* data(const OptionalTensor& x) { return x ? x->const_data_ptr() : nullptr; }
-
-Tensor checked_offsets(const Tensor& cu_seqlens, int64_t n) {
-  STD_TORCH_CHECK(cu_seqlens.is_cpu() && cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 &&
-                      cu_seqlens.size(0) >= 1,
-                  "cu_seqlens: expected int32 offsets of shape (B + 1,) on the CPU");
-  const Tensor offsets = torch::stable::contiguous(cu_seqlens);
-  const int32_t* p = offsets.const_data_ptr<int32_t>();
-  int64_t before = 0;
-  for (int64_t i = 0; i < offsets.size(0); ++i) {
-    STD_TORCH_CHECK(p[i] >= before && p[i] <= n, "cu_seqlens: expected non-decreasing offsets in [0, N]");
-    before = p[i];
-  }
-  return offsets;
-}
-
-// A tensor of heads that kernels can read: its rows are contiguous. Copies only if need be.
-Tensor with_rows(const Tensor& x) {
-  const int64_t rank = x.dim();
-  return rank > 0 && x.size(rank - 1) > 1 && x.stride(rank - 1) != 1 ? torch::stable::contiguous(x) : x;
-}
-
-u2a::Heads heads(const Tensor& x) {
-  const int64_t rank = x.dim();
-  return {x.const_data_ptr(), rank == 4 ? x.stride(0) : 0, x.stride(rank - 3), x.stride(rank - 2)};
-}
-
 OptionalTensor checked_parent(const OptionalTensor& parent, int64_t b) {
   if (!parent) return std::nullopt;
   STD_TORCH_CHECK(
@@ -118,7 +22,11 @@ OptionalTensor checked_parent(const OptionalTensor& parent, int64_t b) {
       "parent: expected int32 of shape (B,) on the CPU");
   const Tensor parents = torch::stable::contiguous(*parent);
   const int32_t* p = parents.const_data_ptr<int32_t>();
-  for (int64_t j = 0; j < b; ++j) STD_TORCH_CHECK(p[j] >= -1 && p[j] < j, "parent: expected -1 or an earlier segment");
+  int64_t root = -1;
+  for (int64_t j = 0; j < b; ++j) {
+    if (p[j] == -1) root = j;
+    STD_TORCH_CHECK(p[j] == -1 || (p[j] >= 0 && p[j] == root), "parent: expected -1 or the last segment that has -1");
+  }
   return parents;
 }
 
@@ -172,6 +80,25 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_in, const Tensor& q, const Tensor& k,
+                                                      const Tensor& v, const Tensor& out_in, const Tensor& lse_in,
+                                                      const Tensor& cu_seqlens, const OptionalTensor& parent,
+                                                      double scale, int64_t window, double softcap) {
+  const AttentionTensors in(q, k, v, cu_seqlens, parent, scale, window, softcap);
+  const u2a::Attention& op = in.attention;
+  const Tensor grad = with_rows(grad_in), out = with_rows(out_in), lse = torch::stable::contiguous(lse_in);
+  check_like(grad, q, {op.n, op.h, op.f}, "grad");
+  check_like(out, q, {op.n, op.h, op.f}, "out");
+  STD_TORCH_CHECK(lse.scalar_type() == accumulation_type(q), "lse: expected the accumulation dtype");
+  check_like(lse, lse, {op.n, op.h}, "lse");
+  Tensor dq = empty(q, {op.n, op.h, op.e}, q.scalar_type()), dk = empty(q, {op.n, op.g, op.e}, q.scalar_type());
+  Tensor dv = empty(q, {op.n, op.g, op.f}, q.scalar_type());
+  u2a::kernels_for(op.dtype).attention_backward({op, heads(grad), heads(out), lse.const_data_ptr(),
+                                                 dq.mutable_data_ptr(), dk.mutable_data_ptr(), dv.mutable_data_ptr()},
+                                                torch_threads());
+  return {dq, dk, dv};
+}
+
 std::tuple<Tensor, Tensor, Tensor> attention_jvp(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& dq_in,
                                                  const Tensor& dk_in, const Tensor& dv_in, const Tensor& cu_seqlens,
                                                  const OptionalTensor& parent, double scale, int64_t window,
@@ -201,6 +128,24 @@ Tensor ghost_dot(const Tensor& a_in, const Tensor& g_in, const Tensor& cu_seqlen
   return out;
 }
 
+Tensor ghost_dot_lowrank(const Tensor& a_in, const Tensor& g_in, const Tensor& cu_seqlens, const Tensor& left_in,
+                         const Tensor& right_in) {
+  const int64_t n = a_in.size(0), i = a_in.size(1), o = g_in.size(1), b = cu_seqlens.size(0) - 1;
+  const int64_t k = left_in.size(0), r = left_in.size(2);
+  check_like(a_in, a_in, {n, i}, "a");
+  check_like(g_in, a_in, {n, o}, "g");
+  check_like(left_in, a_in, {k, o, r}, "left");
+  check_like(right_in, a_in, {k, i, r}, "right");
+  const Tensor a = readable(a_in), g = readable(g_in), left = readable(left_in), right = readable(right_in);
+  const Tensor offsets = checked_offsets(cu_seqlens, n);
+  Tensor out = empty(a, {k, b}, accumulation_type(a));
+  const u2a::DType dtype = dtype_of(a);
+  u2a::kernels_for(dtype).ghost_dot_lowrank({dtype, matrix(a), matrix(g), offsets.const_data_ptr<int32_t>(),
+                                             matrix(left), matrix(right), n, b, k, i, o, r, out.mutable_data_ptr()},
+                                            torch_threads());
+  return out;
+}
+
 Tensor ghost_norm(const Tensor& a_in, const Tensor& g_in, const Tensor& cu_seqlens) {
   const int64_t n = a_in.size(0), i = a_in.size(1), o = g_in.size(1), b = cu_seqlens.size(0) - 1;
   check_like(a_in, a_in, {n, i}, "a");
@@ -211,6 +156,38 @@ Tensor ghost_norm(const Tensor& a_in, const Tensor& g_in, const Tensor& cu_seqle
   u2a::kernels_for(dtype).ghost_norm(
       {dtype, matrix(a), matrix(g), offsets.const_data_ptr<int32_t>(), n, b, i, o, out.mutable_data_ptr()},
       torch_threads());
+  return out;
+}
+
+Tensor grad_project(const Tensor& a_in, const Tensor& g_in, const Tensor& cu_seqlens, const Tensor& p_in_in,
+                    const Tensor& p_out_in) {
+  const int64_t n = a_in.size(0), i = a_in.size(1), o = g_in.size(1), b = cu_seqlens.size(0) - 1;
+  const int64_t p = p_in_in.size(1), q = p_out_in.size(1);
+  check_like(a_in, a_in, {n, i}, "a");
+  check_like(g_in, a_in, {n, o}, "g");
+  check_like(p_in_in, a_in, {i, p}, "p_in");
+  check_like(p_out_in, a_in, {o, q}, "p_out");
+  const Tensor a = readable(a_in), g = readable(g_in), p_in = readable(p_in_in), p_out = readable(p_out_in);
+  const Tensor offsets = checked_offsets(cu_seqlens, n);
+  Tensor out = empty(a, {b, q, p}, accumulation_type(a));
+  const u2a::DType dtype = dtype_of(a);
+  u2a::kernels_for(dtype).grad_project({dtype, matrix(a), matrix(g), offsets.const_data_ptr<int32_t>(), matrix(p_in),
+                                        matrix(p_out), n, b, i, o, p, q, out.mutable_data_ptr()},
+                                       torch_threads());
+  return out;
+}
+
+Tensor grad_sketch(const Tensor& a_in, const Tensor& g_in, const Tensor& cu_seqlens, int64_t dim, int64_t seed) {
+  const int64_t n = a_in.size(0), i = a_in.size(1), o = g_in.size(1), b = cu_seqlens.size(0) - 1;
+  check_like(a_in, a_in, {n, i}, "a");
+  check_like(g_in, a_in, {n, o}, "g");
+  STD_TORCH_CHECK(dim >= 32 && dim <= 8192, "dim: expected 32 to 8192");
+  const Tensor a = readable(a_in), g = readable(g_in), offsets = checked_offsets(cu_seqlens, n);
+  Tensor out = empty(a, {b, dim}, accumulation_type(a));
+  const u2a::DType dtype = dtype_of(a);
+  u2a::kernels_for(dtype).grad_sketch({dtype, matrix(a), matrix(g), offsets.const_data_ptr<int32_t>(), n, b, i, o, dim,
+                                       static_cast<uint64_t>(seed), out.mutable_data_ptr()},
+                                      torch_threads());
   return out;
 }
 
@@ -298,14 +275,67 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprob_backward(const Tensor& grad_lo
   return {grad_h, grad_weight, grad_bias};
 }
 
+std::tuple<Tensor, Tensor> glu_jvp(const Tensor& gate_in, const Tensor& up_in, const Tensor& dgate_in,
+                                   const Tensor& dup_in, bool gelu) {
+  const int64_t n = gate_in.size(0), i = gate_in.size(1);
+  for (const auto& [name, x] : {std::pair("gate", &gate_in), {"up", &up_in}, {"dgate", &dgate_in}, {"dup", &dup_in}})
+    check_like(*x, gate_in, {n, i}, name);
+  const Tensor gate = readable(gate_in), up = readable(up_in), dgate = readable(dgate_in), dup = readable(dup_in);
+  Tensor y = empty(gate, {n, i}, gate.scalar_type()), dy = empty(gate, {n, i}, gate.scalar_type());
+  const u2a::DType dtype = dtype_of(gate);
+  u2a::kernels_for(dtype).glu_jvp({dtype, matrix(gate), matrix(up), matrix(dgate), matrix(dup), gelu, n, i,
+                                   y.mutable_data_ptr(), dy.mutable_data_ptr()},
+                                  torch_threads());
+  return {y, dy};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_jvp(const Tensor& x_in, const Tensor& dx_in, const Tensor& scale_in,
+                                        const OptionalTensor& dscale_in, double eps) {
+  const int64_t n = x_in.size(0), d = x_in.size(1);
+  check_like(x_in, x_in, {n, d}, "x");
+  check_like(dx_in, x_in, {n, d}, "dx");
+  const Tensor x = readable(x_in), dx = readable(dx_in), scale = torch::stable::contiguous(scale_in);
+  const OptionalTensor dscale = dense(dscale_in);
+  STD_TORCH_CHECK(scale.scalar_type() == accumulation_type(x), "scale: expected the accumulation dtype");
+  check_like(scale, scale, {d}, "scale");
+  if (dscale) check_like(*dscale, scale, {d}, "dscale");
+  Tensor y = empty(x, {n, d}, x.scalar_type()), dy = empty(x, {n, d}, x.scalar_type());
+  const u2a::DType dtype = dtype_of(x);
+  u2a::kernels_for(dtype).rms_norm_jvp({dtype, matrix(x), matrix(dx), scale.const_data_ptr(), data(dscale), eps, n, d,
+                                        y.mutable_data_ptr(), dy.mutable_data_ptr()},
+                                       torch_threads());
+  return {y, dy};
+}
+
+Tensor rotary(const Tensor& x_in, const Tensor& cosine_in, const Tensor& sine_in) {
+  const int64_t n = x_in.size(0), h = x_in.size(1), e = x_in.size(2);
+  STD_TORCH_CHECK(e % 2 == 0, "x: expected an even number of features");
+  check_like(x_in, x_in, {n, h, e}, "x");
+  check_like(cosine_in, x_in, {n, e}, "cosine");
+  check_like(sine_in, x_in, {n, e}, "sine");
+  const Tensor x = with_rows(x_in), cosine = readable(cosine_in), sine = readable(sine_in);
+  Tensor y = empty(x, {n, h, e}, x.scalar_type());
+  const u2a::DType dtype = dtype_of(x);
+  u2a::kernels_for(dtype).rotary({dtype, heads(x), matrix(cosine), matrix(sine), n, h, e, y.mutable_data_ptr()},
+                                 torch_threads());
+  return y;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(u2a_fast, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("attention_jvp", TORCH_BOX(&attention_jvp));
   m.impl("ghost_dot", TORCH_BOX(&ghost_dot));
+  m.impl("ghost_dot_lowrank", TORCH_BOX(&ghost_dot_lowrank));
   m.impl("ghost_norm", TORCH_BOX(&ghost_norm));
+  m.impl("glu_jvp", TORCH_BOX(&glu_jvp));
+  m.impl("grad_project", TORCH_BOX(&grad_project));
+  m.impl("grad_sketch", TORCH_BOX(&grad_sketch));
   m.impl("linear_logprob", TORCH_BOX(&linear_logprob));
   m.impl("linear_logprob_backward", TORCH_BOX(&linear_logprob_backward));
   m.impl("linear_logprob_jvp", TORCH_BOX(&linear_logprob_jvp));
+  m.impl("rms_norm_jvp", TORCH_BOX(&rms_norm_jvp));
+  m.impl("rotary", TORCH_BOX(&rotary));
 }

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from ._launch import Config, launch
 
-__all__ = ["grouped_tile", "load_tile", "matmul_rows", "segment_sum", "segment_sum_kernel", "softcapped"]
+__all__ = [
+    "grouped_tile",
+    "load_tile",
+    "matmul_columns",
+    "matmul_rows",
+    "segment_sum",
+    "segment_sum_kernel",
+    "softcapped",
+]
 
 # Triton's interpreter computes bfloat16 on its bit patterns; float32 right after the load is exact there.
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
@@ -50,6 +58,24 @@ def matmul_rows(
         b_x = load_tile(p_x + start + (o_x[:, None] * s_x + o_d[None, :]), m_x[:, None] & m_d[None, :])
         b_y = load_tile(p_y + start + (o_y[None, :] * s_y + o_d[:, None]), m_d[:, None] & m_y[None, :])
         acc = tl.dot(b_x, b_y, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def matmul_columns(
+    acc, p_x, p_y, o_y, m_y, start_x, s_x, s_y, X, DEPTH, BLOCK_X: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+):  # fmt: skip
+    """acc + (rows of x from start_x) (columns of y at offsets o_y in its rows); outside X, m_y and DEPTH all is 0."""
+    p_x += tl.cast(start_x, tl.int64) * s_x
+    o_x = tl.arange(0, BLOCK_X)
+    o_d = tl.arange(0, BLOCK_DEPTH)
+    m_x = o_x < X - start_x
+    for start in range(0, DEPTH, BLOCK_DEPTH):
+        m_d = o_d < DEPTH - start
+        b_x = load_tile(p_x + start + (o_x[:, None] * s_x + o_d[None, :]), m_x[:, None] & m_d[None, :])
+        b_y = load_tile(p_y + (o_d[:, None] * s_y + o_y[None, :]), m_d[:, None] & m_y[None, :])
+        acc = tl.dot(b_x, b_y, acc, input_precision="ieee")
+        p_y += BLOCK_DEPTH * tl.cast(s_y, tl.int64)
     return acc
 
 

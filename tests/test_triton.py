@@ -57,7 +57,7 @@ def run(device: str) -> Run:
 
 def _case(op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> testing.Case:
     options: dict[str, Any] = {"bias": True, "softcap": 5.0} if op.startswith("linear") else {}
-    if op.startswith("ghost"):
+    if not op.startswith("linear"):
         options["lengths"] = (3, 0, 20, sizes["N"] - 23)
         sizes["B"] = 4
     return testing.Case(op, sizes, dtype, **options)
@@ -65,7 +65,10 @@ def _case(op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> testing.
 
 SMALL = {
     "ghost_dot": _case("ghost_dot", N=40, I=20, O=36, K=2),
+    "ghost_dot_lowrank": _case("ghost_dot_lowrank", N=40, I=20, O=36, K=2, R=19),
     "ghost_norm": _case("ghost_norm", N=40, I=20, O=36),
+    "grad_project": _case("grad_project", N=40, I=20, O=36, P=17, Q=5),
+    "grad_sketch": _case("grad_sketch", N=40, I=20, O=36, M=100),
     "linear_logprob": _case("linear_logprob", N=35, D=20, V=150),
     "linear_logprob_backward": _case("linear_logprob_backward", N=35, D=20, V=150),
     "linear_logprob_jvp": _case("linear_logprob_jvp", N=35, D=20, V=150, K=2),
@@ -183,6 +186,28 @@ def test_backward_by_several_blocks_of_rows(
     monkeypatch.setattr(backward, "LEAST_ROWS", 16)
     monkeypatch.setattr(backward, "WORKSPACE", 0)
     assert testing.violations(case, arguments, run(case.op, **arguments)) == []
+
+
+def test_a_sketch_in_several_launches(run: Run, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = testing.inputs(SMALL["grad_sketch"], device)
+    together = run("grad_sketch", **arguments)
+    monkeypatch.setattr(importlib.import_module("u2a_fast.kernels.grad_sketch"), "WORKSPACE", 3000)
+    assert _same_bits(run("grad_sketch", **arguments), together)
+
+
+@pytest.mark.parametrize("dim", [32, 257, 2048])
+def test_the_sketch_is_the_references(dim: int, run: Run, device: str) -> None:
+    arguments = coordinates(dim, seed=2**62 + 2**33 + 5, device=device)
+    assert _same_bits(run("grad_sketch", **arguments), (reference.grad_sketch(**arguments),))
+
+
+def coordinates(dim: int, seed: int, device: str) -> dict[str, Any]:
+    """Inputs that are rows of the identity, gradients that are integers: float32 adds the coordinates exactly."""
+    i, o = 70, 131
+    cu_seqlens = torch.tensor([0, 1, i], dtype=torch.int32, device=device)
+    a = torch.eye(i, device=device)
+    g = torch.arange(1.0, i * o + 1, device=device).reshape(i, o)
+    return {"a": a, "g": g, "cu_seqlens": cu_seqlens, "dim": dim, "seed": seed}
 
 
 def test_a_target_outside_the_vocabulary_gives_nan(run: Run, device: str) -> None:

@@ -28,7 +28,17 @@ pytest.importorskip("triton", reason="Triton is not installed")
 SHARED_MEMORY = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 FAMILIES = tuple(SHARED_MEMORY)
 MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
-MODULES = ("_tile", "ghost_dot", "ghost_norm", "linear_logprob", "linear_logprob_backward", "linear_logprob_jvp")
+MODULES = (
+    "_tile",
+    "ghost_dot",
+    "ghost_dot_lowrank",
+    "ghost_norm",
+    "grad_project",
+    "grad_sketch",
+    "linear_logprob",
+    "linear_logprob_backward",
+    "linear_logprob_jvp",
+)
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -64,7 +74,9 @@ class Recorder:
 def _type(x: Any) -> str:
     if isinstance(x, Tensor):
         return "*" + TYPES[x.dtype]
-    return "fp32" if isinstance(x, float) else "i32"
+    if isinstance(x, float):
+        return "fp32"
+    return "i32" if x < 2**31 else "i64"
 
 
 def _call_ghost(modules: dict[str, Any], dtype: torch.dtype, n: int) -> None:
@@ -74,8 +86,15 @@ def _call_ghost(modules: dict[str, Any], dtype: torch.dtype, n: int) -> None:
     # One long example takes the tile forms, many short ones the row form and the Gram form.
     modules["ghost_dot"].ghost_dot(a, g, one, v)
     modules["ghost_dot"].ghost_dot(a, g, many, v)
+    for rank, k in ((16, 1), (16, 3), (64, 3)):
+        left, right = torch.zeros(k, o, rank, dtype=dtype), torch.zeros(k, i, rank, dtype=dtype)
+        modules["ghost_dot_lowrank"].ghost_dot_lowrank(a, g, one, left, right)
+        modules["grad_project"].grad_project(a, g, one, right[0], left[0])
     modules["ghost_norm"].ghost_norm(a, g, one)
     modules["ghost_norm"].ghost_norm(a, g, many)
+    # Blocks of the sketch smaller than a tile, in a sketch that is no power of two, and one that fills the tile.
+    for dim in (1000, 8192):
+        modules["grad_sketch"].grad_sketch(a, g, one, dim, 2**40)
 
 
 def _call_head(modules: dict[str, Any], dtype: torch.dtype, n: int, v: int, k: int, full: bool) -> None:
@@ -169,7 +188,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_configuration_is_launched(family: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
     assert [r["unused"] for r in compiled[family] if "unused" in r] == []
-    assert len({r["kernel"] for r in compiled[family] if "kernel" in r}) == 11
+    assert len({r["kernel"] for r in compiled[family] if "kernel" in r}) == 15
 
 
 @pytest.mark.parametrize("family", FAMILIES)

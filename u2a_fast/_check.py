@@ -6,11 +6,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from .sketch import MAX_DIM, MIN_DIM
+
 __all__ = [
     "Shapes",
     "check_cu_seqlens",
     "check_dtypes",
     "check_parent",
+    "check_sketch",
     "check_softcap",
     "check_target",
     "check_window",
@@ -140,6 +143,14 @@ def check_window(op: str, window: int) -> None:
     """Check that ``window`` is an integer that is not negative (0: no window)."""
     if not isinstance(window, int) or window < 0:
         raise ValueError(f"[{op}] expected window an int >= 0, got {window!r}")
+
+
+def check_sketch(op: str, dim: int, seed: int) -> None:
+    """Check that ``dim`` and ``seed`` are integers that a sketch can have."""
+    for name, value, least, most in (("dim", dim, MIN_DIM, MAX_DIM), ("seed", seed, 0, 2**63 - 1)):
+        # under a symbolic trace an integer is a torch.SymInt
+        if not isinstance(value, int | torch.SymInt) or not least <= value <= most:
+            raise ValueError(f"[{op}] expected {name} an int from {least} to {most}, got {value!r}")
 
 
 def check_target(shapes: Shapes, target: Tensor) -> None:

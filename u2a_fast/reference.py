@@ -5,30 +5,44 @@ Letters, used alike in every signature and kernel of the project:
     N  packed tokens            B  examples               K  directions
     I  input features           O  output features        D  hidden features      V  vocabulary
     H  query heads              G  key heads, G | H       E  head features        F  value features
+    P  projected inputs         Q  projected outputs      R  rank of a direction  M  sketch entries
 
 Tokens of all examples lie one after the other; example ``i`` owns rows ``cu_seqlens[i]`` to
 ``cu_seqlens[i + 1]`` (``cu_seqlens`` is int32, length B + 1, starts at 0 and ends at N). A linear layer
 ``y_t = W a_t`` with output gradient ``g_t = dL/dy_t`` has the per-example weight gradient
-``G_i = sum_{t in i} g_t a_t^T``, an O x I matrix that no function here ever forms.
+``G_i = sum_{t in i} g_t a_t^T``, an O x I matrix that no function here ever forms whole.
 
 Arithmetic is float64 for float64 inputs and float32 for every other dtype, whatever the inputs' own precision.
 These functions are the schema, the shape inference and the fallback of their ops, so they hold no data-dependent
 control flow and accept empty inputs.
 """
 
+import math
+
 import torch
 from torch import Tensor
+
+from .sketch import sketch_map
 
 __all__ = [
     "attention",
     "attention_backward",
     "attention_jvp",
     "ghost_dot",
+    "ghost_dot_lowrank",
     "ghost_norm",
+    "glu_jvp",
+    "grad_project",
+    "grad_sketch",
     "linear_logprob",
     "linear_logprob_backward",
     "linear_logprob_jvp",
+    "rms_norm_jvp",
+    "rotary",
 ]
+
+
+_SKETCHED_ROWS = 128  # of G_i at a time
 
 
 def _accumulate_dtype(x: Tensor) -> torch.dtype:
@@ -193,6 +207,17 @@ def ghost_dot(a: Tensor, g: Tensor, cu_seqlens: Tensor, v: Tensor) -> Tensor:
     return _segment_sum(rows, cu_seqlens)
 
 
+def ghost_dot_lowrank(a: Tensor, g: Tensor, cu_seqlens: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """<L_k R_k^T, G_i> = sum_{t in i} (L_k^T g_t) . (R_k^T a_t) for every direction k of rank R and example i.
+
+    Shapes: a (N, I), g (N, O), cu_seqlens (B + 1), left (K, O, R), right (K, I, R) -> (K, B).
+    Cost: 2 K N R (I + O) flops; a, g, left and right read once.
+    """
+    acc = _accumulate_dtype(a)
+    rows = ((a.to(acc) @ right.to(acc)) * (g.to(acc) @ left.to(acc))).sum(-1)
+    return _segment_sum(rows, cu_seqlens)
+
+
 def ghost_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
     """||G_i||^2 (Frobenius) for every example i.
 
@@ -206,6 +231,19 @@ def ghost_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
     # a product with the mask would carry one example's NaN into every other
     rows = torch.where(same_example, (a @ a.T) * (g @ g.T), 0.0).sum(-1)
     return _segment_sum(rows, cu_seqlens)
+
+
+def grad_project(a: Tensor, g: Tensor, cu_seqlens: Tensor, p_in: Tensor, p_out: Tensor) -> Tensor:
+    """P_out^T G_i P_in = sum_{t in i} (P_out^T g_t) (P_in^T a_t)^T for every example i.
+
+    Shapes: a (N, I), g (N, O), cu_seqlens (B + 1), p_in (I, P), p_out (O, Q) -> (B, Q, P).
+    Cost: 2 N (I P + O Q + P Q) flops; a, g, p_in and p_out read once.
+    """
+    acc = _accumulate_dtype(a)
+    x, y = a.to(acc) @ p_in.to(acc), g.to(acc) @ p_out.to(acc)
+    # one projected output at a time, or every token's outer product would be in memory
+    slices = [_segment_sum((x * y[:, q : q + 1]).T, cu_seqlens).T for q in range(y.shape[1])]
+    return torch.stack(slices, 1) if slices else x.new_zeros(cu_seqlens.shape[0] - 1, 0, x.shape[1])
 
 
 def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, softcap: float) -> tuple[Tensor, Tensor]:
@@ -296,3 +334,77 @@ def linear_logprob_jvp(
         rows.append(dz.gather(-1, target[:, None])[:, 0] - (p * dz).sum(-1))
     jvp = torch.stack(rows) if rows else c.new_zeros(0, h.shape[0])
     return c.gather(-1, target[:, None])[:, 0] - lse, lse, jvp
+
+
+def glu_jvp(gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
+    """y = f(gate) * up and its tangent f'(gate) dgate up + f(gate) dup; f is SiLU, or GELU by tanh.
+
+    Shapes: all (N, I) -> (N, I), (N, I) in gate's dtype.
+    Cost: six matrices of N I elements read or written once.
+    """
+    acc = _accumulate_dtype(gate)
+    x, u, dx, du = (tensor.to(acc) for tensor in (gate, up, dgate, dup))
+    if gelu:
+        root = math.sqrt(2 / math.pi)
+        t = torch.tanh(root * (x + 0.044715 * x**3))
+        half = 0.5 * (1 + t)
+        value, slope = x * half, half + 0.5 * x * (1 - t * t) * root * (1 + 3 * 0.044715 * x * x)
+    else:
+        sigmoid = torch.sigmoid(x)
+        value, slope = x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
+    return (value * u).to(gate.dtype), (slope * dx * u + value * du).to(gate.dtype)
+
+
+def rms_norm_jvp(
+    x: Tensor, dx: Tensor, scale: Tensor, dscale: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """y = n * scale with n = x / sqrt(mean(x^2) + eps), and its tangent (dx - n mean(n dx)) / rms * scale + n dscale.
+
+    Shapes: x and dx (N, D), scale and dscale (D) in the accumulation dtype -> (N, D), (N, D) in x's dtype.
+    Cost: four matrices of N D elements read or written once.
+    """
+    acc = _accumulate_dtype(x)
+    wide, dwide = x.to(acc), dx.to(acc)
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    normal = wide * inverse
+    tangent = (dwide * inverse - normal * (normal * dwide).mean(-1, keepdim=True) * inverse) * scale
+    if dscale is not None:
+        tangent = tangent + normal * dscale
+    return (normal * scale).to(x.dtype), tangent.to(x.dtype)
+
+
+def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary position embedding x * cosine + rotate(x) * sine; rotate((a, b)) = (-b, a) for the halves of a head.
+
+    Linear in x, so it is its own tangent.
+    Shapes: x (N, H, E) with E even, cosine and sine (N, E) -> (N, H, E) in x's dtype.
+    Cost: two tensors of N H E elements read or written once.
+    """
+    acc = _accumulate_dtype(x)
+    low, high = x.to(acc).chunk(2, -1)
+    rotated = torch.cat([-high, low], -1)
+    return (x.to(acc) * cosine.to(acc)[:, None] + rotated * sine.to(acc)[:, None]).to(x.dtype).contiguous()
+
+
+def _sketch(a: Tensor, g: Tensor, cu_seqlens: Tensor, dim: int, entry: Tensor, sign: Tensor) -> Tensor:
+    ids = _segment_ids(cu_seqlens, a.shape[0])
+    out = a.new_zeros(cu_seqlens.shape[0] - 1, dim)
+    for example in range(out.shape[0]):
+        own = (ids == example)[:, None]
+        own_a, own_g = torch.where(own, a, 0.0), torch.where(own, g, 0.0)
+        for start in range(0, g.shape[1], _SKETCHED_ROWS):
+            rows = slice(start, start + _SKETCHED_ROWS)
+            signed = sign[rows] * (own_g[:, rows].T @ own_a)
+            out[example].index_add_(0, entry[rows].flatten(), signed.flatten())
+    return out
+
+
+def grad_sketch(a: Tensor, g: Tensor, cu_seqlens: Tensor, dim: int, seed: int) -> Tensor:
+    """S vec(G_i) for every example i, S the sparse random map of :mod:`u2a_fast.sketch`, E <Sx, Sy> = <x, y>.
+
+    Shapes: a (N, I), g (N, O), cu_seqlens (B + 1) -> (B, M) with M = dim.
+    Cost: 2 N I O flops for the entries of all G_i, B I O additions; a and g read once.
+    """
+    acc = _accumulate_dtype(a)
+    entry, sign = sketch_map(g.shape[1], a.shape[1], dim, seed, a.device)
+    return _sketch(a.to(acc), g.to(acc), cu_seqlens, dim, entry, sign)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _attention_cases, reference
+from . import _attention_cases, _gradient_cases, _sketch_cases, reference
 
 __all__ = ["CASES", "CONSTANTS", "DTYPES", "TIMING_CASES", "Case", "budget", "cost", "expected", "inputs", "violations"]
 
@@ -33,7 +33,10 @@ CONSTANTS: dict[str, float] = {
     "attention_backward": 16.0,  # logits, their log-sum-exp, dp, then the product with q, k or grad
     "attention_jvp": 16.0,  # logits, tangents, the sum of exponentials, the sum over the values
     "ghost_dot": 4.0,  # one sum over o, i and t
+    "ghost_dot_lowrank": 12.0,  # products of two sums, then the sum over the rank and t
     "ghost_norm": 8.0,  # products of two sums
+    "grad_project": 12.0,  # products of two sums, then the sum over t
+    "grad_sketch": 4.0,  # one sum over an entry's coordinates and t
     "linear_logprob": 8.0,  # logits, then the sum of exponentials
     "linear_logprob_backward": 12.0,  # logits, probabilities, then the product with weight or h
     "linear_logprob_jvp": 12.0,  # logits and tangents, probabilities, then the sum over the vocabulary
@@ -87,42 +90,6 @@ def _shorten(lengths: tuple[int, ...]) -> str:
     return ",".join(map(str, lengths)) if len(lengths) <= 6 else f"B{len(lengths)}x{lengths[0]}"
 
 
-def _ghost_rows() -> Iterator[tuple[str, dict[str, int], dict[str, Any]]]:
-    # I, O, K, tokens of each example: registers' widths and one off them, empty and one-token examples, nothing at all.
-    rows: list[tuple[int, int, int, tuple[int, ...]]] = [
-        (3, 5, 1, (2, 0, 4)),
-        (16, 16, 1, (16, 16)),
-        (64, 48, 1, (1, 31, 0, 0, 32)),
-        (33, 65, 3, (1, 1, 1, 17, 0)),
-        (257, 31, 2, (40, 3)),
-        (40, 200, 1, (129,)),
-        (7, 9, 0, (3, 2)),
-        (7, 9, 2, ()),
-        (7, 9, 2, (0, 0, 0)),
-        (1, 1, 1, (1,)),
-        (130, 520, 1, (5, 70, 1)),
-    ]
-    for i, o, k, lengths in rows:
-        sizes = {"N": sum(lengths), "B": len(lengths), "I": i, "O": o}
-        yield "ghost_dot", {**sizes, "K": k}, {"lengths": lengths}
-        if k == 1 or not lengths:
-            yield "ghost_norm", sizes, {"lengths": lengths}
-    # Several directions over examples from one token on: short ones take the row form, long ones the tile form, in one
-    # call, with more directions than registers and examples than are contracted together.
-    mixed = (1, 2, 17, 0, 40, 128, 3, 33, 64)
-    for i, o, k, lengths in (
-        (16, 24, 2, (1, 2, 17, 60)),
-        (37, 70, 5, mixed),
-        (96, 130, 16, (128, 128)),
-        (30, 9, 35, mixed),
-    ):
-        sizes = {"N": sum(lengths), "B": len(lengths), "I": i, "O": o, "K": k}
-        yield "ghost_dot", sizes, {"lengths": lengths}
-    # Long examples over narrow layers take the tile form of the norm.
-    yield "ghost_norm", {"N": 131, "B": 3, "I": 6, "O": 10}, {"lengths": (90, 1, 40)}
-    yield "ghost_norm", {"N": 150, "B": 2, "I": 35, "O": 19}, {"lengths": (140, 10)}
-
-
 def _head_rows() -> Iterator[tuple[str, dict[str, int], dict[str, Any]]]:
     # N, D, V, options: a vocabulary that no tile divides, one token, none, a bias, a cap, large logits.
     rows: list[tuple[int, int, int, dict[str, Any]]] = [
@@ -147,13 +114,7 @@ def _head_rows() -> Iterator[tuple[str, dict[str, int], dict[str, Any]]]:
 
 
 def _timing_rows() -> Iterator[tuple[str, dict[str, int], dict[str, Any]]]:
-    lengths = (128,) * 16
-    for i, o in ((256, 256), (256, 704), (704, 256), (384, 1024), (1024, 1024)):
-        sizes = {"N": sum(lengths), "B": len(lengths), "I": i, "O": o}
-        yield "ghost_dot", {**sizes, "K": 1}, {"lengths": lengths}
-        yield "ghost_norm", sizes, {"lengths": lengths}
-    for i, o in ((256, 704), (1024, 1024)):
-        yield "ghost_dot", {"N": sum(lengths), "B": len(lengths), "I": i, "O": o, "K": 16}, {"lengths": lengths}
+    yield from _gradient_cases.timing_rows()
     for d, v in ((384, 8192), (512, 32000)):
         sizes = {"N": 512, "D": d, "V": v}
         yield "linear_logprob", sizes, {}
@@ -161,11 +122,12 @@ def _timing_rows() -> Iterator[tuple[str, dict[str, int], dict[str, Any]]]:
         yield "linear_logprob_backward", sizes, {}
         yield "linear_logprob_jvp", {**sizes, "K": 1}, {}
     yield from _attention_cases.timing_rows()
+    yield from _sketch_cases.timing_rows()
 
 
 CASES: tuple[Case, ...] = tuple(
     Case(op, sizes, dtype, **options)
-    for rows in (_ghost_rows, _head_rows, _attention_cases.rows)
+    for rows in (_gradient_cases.rows, _sketch_cases.rows, _head_rows, _attention_cases.rows)
     for op, sizes, options in rows()
     for dtype in DTYPES
 )
@@ -185,19 +147,13 @@ def inputs(case: Case, device: torch.device | str = "cpu") -> dict[str, Any]:
 
     if case.op.startswith("attention"):
         arguments = _attention_cases.inputs(case, normal)
+    elif case.op == "grad_sketch":
+        arguments = _sketch_cases.inputs(case, normal, generator)
+    elif case.op.startswith(_gradient_cases.PREFIXES):
+        arguments = _gradient_cases.inputs(case, normal)
     else:
-        build = _ghost_inputs if case.op.startswith("ghost") else _head_inputs
-        arguments = build(case, normal, generator)
+        arguments = _head_inputs(case, normal, generator)
     return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in arguments.items()}
-
-
-def _ghost_inputs(case: Case, normal: Any, generator: torch.Generator) -> dict[str, Any]:
-    n, i, o = (case.sizes[c] for c in "NIO")
-    cu_seqlens = torch.tensor([0, *case.lengths]).cumsum(0).to(torch.int32)
-    arguments = {"a": normal(n, i), "g": normal(n, o), "cu_seqlens": cu_seqlens}
-    if case.op == "ghost_dot":
-        arguments["v"] = normal(case.sizes["K"], o, i)
-    return arguments
 
 
 def _head_inputs(case: Case, normal: Any, generator: torch.Generator) -> dict[str, Any]:
@@ -246,8 +202,11 @@ def budget(case: Case, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
         "attention": _attention_scales,
         "attention_backward": _attention_scales,
         "attention_jvp": _attention_scales,
-        "ghost_dot": _ghost_scale,
-        "ghost_norm": _ghost_scale,
+        "ghost_dot": _gradient_scales,
+        "ghost_dot_lowrank": _gradient_scales,
+        "ghost_norm": _gradient_scales,
+        "grad_project": _gradient_scales,
+        "grad_sketch": _sketch_scales,
         "linear_logprob": _logprob_scale,
         "linear_logprob_backward": _backward_scale,
         "linear_logprob_jvp": _jvp_scale,
@@ -287,12 +246,16 @@ def _output_dtype(case: Case, index: int) -> torch.dtype:
     return torch.float64 if case.dtype == torch.float64 else torch.float32
 
 
+def _sketch_scales(case: Case, wide: dict[str, Any], eps: float) -> tuple[Tensor, ...]:
+    return _sketch_cases.scales(wide)
+
+
 def _attention_scales(case: Case, wide: dict[str, Any], eps: float) -> tuple[Tensor, ...]:
     return _attention_cases.scales(case, wide)
 
 
-def _ghost_scale(case: Case, wide: dict[str, Any], eps: float) -> tuple[Tensor, ...]:
-    return (getattr(reference, case.op)(**_map_floats(wide, Tensor.abs)),)
+def _gradient_scales(case: Case, wide: dict[str, Any], eps: float) -> tuple[Tensor, ...]:
+    return _gradient_cases.scales(case, wide)
 
 
 @dataclass
@@ -370,16 +333,14 @@ def cost(case: Case) -> tuple[int, int]:
     """Floating-point operations of the algorithm and the fewest bytes it can move (each argument and result once)."""
     if case.op.startswith("attention"):
         return _attention_cases.cost(case)
+    if case.op == "grad_sketch":
+        return _sketch_cases.cost(case)
+    if case.op.startswith(_gradient_cases.PREFIXES):
+        return _gradient_cases.cost(case)
     s = case.sizes
     arguments = _argument_elements(case)
     element = torch.finfo(case.dtype).bits // 8
     moved = sum(arguments.values()) * element
-    if case.op == "ghost_dot":
-        rows, tiles = s["K"] * s["N"], s["N"] + s["K"] * s["B"]
-        return 2 * min(rows, tiles) * s["I"] * s["O"], moved + 4 * s["K"] * s["B"]
-    if case.op == "ghost_norm":
-        flops = sum(min(t * t * (s["I"] + s["O"]), 2 * t * s["I"] * s["O"]) for t in case.lengths)
-        return flops, moved + 4 * s["B"]
     product = 2 * s["N"] * s["D"] * s["V"]
     passes = {
         "linear_logprob": 1,
@@ -392,9 +353,6 @@ def cost(case: Case) -> tuple[int, int]:
 
 def _argument_elements(case: Case) -> dict[str, int]:
     s = case.sizes
-    if case.op.startswith("ghost"):
-        elements = {"a": s["N"] * s["I"], "g": s["N"] * s["O"]}
-        return elements | ({"v": s["K"] * s["O"] * s["I"]} if "K" in s else {})
     elements = {"h": s["N"] * s["D"], "weight": s["V"] * s["D"]}
     if "K" in s:
         elements |= {f"d{name}": s["K"] * elements[name] for name in case.tangents}

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import linear, scaled_dot_product_attention
 
+from u2a_fast import reference
+from u2a_fast.sketch import sketch_map
 from u2a_fast.testing import TIMING_CASES, Case
 
 __all__ = ["COMPOSITIONS", "bare_product", "timing_cases"]
@@ -32,6 +35,14 @@ def _cuda_cases() -> tuple[Case, ...]:
         for dtype in DTYPES:
             cases.append(Case("ghost_dot", {**sizes, "K": 1}, dtype, lengths))
             cases.append(Case("ghost_norm", sizes, dtype, lengths))
+            for r in (16, 64):
+                cases.append(Case("ghost_dot_lowrank", {**sizes, "K": 1, "R": r}, dtype, lengths))
+                cases.append(Case("grad_project", {**sizes, "P": r, "Q": r}, dtype, lengths))
+    # The sketch's reference multiplies every token by every example's mask.
+    few = lengths[:16]
+    for i, o in ((1024, 1024), (2048, 2048)):
+        sizes = {"N": sum(few), "B": len(few), "I": i, "O": o, "M": 1024}
+        cases += [Case("grad_sketch", sizes, dtype, few) for dtype in DTYPES]
     for n, d, v in ((2048, 1024, 32000), (1024, 1024, 128256)):
         sizes = {"N": n, "D": d, "V": v}
         for dtype in DTYPES:
@@ -39,19 +50,48 @@ def _cuda_cases() -> tuple[Case, ...]:
             cases.append(Case("linear_logprob_backward", sizes, dtype, tangents=("h",)))
             cases.append(Case("linear_logprob_backward", sizes, dtype))
             cases.append(Case("linear_logprob_jvp", {**sizes, "K": 1}, dtype))
+    for heads, groups, e, tokens, examples in ((16, 4, 64, 2048, 1), (8, 2, 128, 512, 4)):
+        sizes = {"N": examples * tokens, "B": examples, "H": heads, "G": groups, "E": e, "F": e}
+        for dtype in DTYPES:
+            segments = (tokens,) * examples
+            cases.append(Case("attention", sizes, dtype, segments))
+            cases.append(Case("attention_backward", sizes, dtype, segments))
+            cases.append(Case("attention_jvp", {**sizes, "K": 1}, dtype, segments))
     return tuple(cases)
 
 
+def _segment_sum(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
+    ids = torch.repeat_interleave(cu_seqlens.diff(), output_size=rows.shape[1])
+    return rows.new_zeros(rows.shape[0], len(cu_seqlens) - 1).index_add_(1, ids, rows)
+
+
 def _ghost_dot(a: Tensor, g: Tensor, cu_seqlens: Tensor, v: Tensor) -> Tensor:
-    rows = torch.stack([((a @ v_k.T) * g).sum(-1, dtype=torch.float32) for v_k in v])
-    ids = torch.repeat_interleave(cu_seqlens.diff(), output_size=a.shape[0])
-    return rows.new_zeros(v.shape[0], len(cu_seqlens) - 1).index_add_(1, ids, rows)
+    return _segment_sum(torch.stack([((a @ v_k.T) * g).sum(-1, dtype=torch.float32) for v_k in v]), cu_seqlens)
+
+
+def _ghost_dot_lowrank(a: Tensor, g: Tensor, cu_seqlens: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return _segment_sum(((a @ right) * (g @ left)).sum(-1, dtype=torch.float32), cu_seqlens)
 
 
 def _ghost_norm(a: Tensor, g: Tensor, cu_seqlens: Tensor) -> Tensor:
     bounds = cu_seqlens.tolist()
     gradients = (g[i:j].T @ a[i:j] for i, j in zip(bounds[:-1], bounds[1:], strict=True))
     return torch.stack([gradient.float().square().sum() for gradient in gradients])
+
+
+def _grad_project(a: Tensor, g: Tensor, cu_seqlens: Tensor, p_in: Tensor, p_out: Tensor) -> Tensor:
+    bounds, x, y = cu_seqlens.tolist(), a @ p_in, g @ p_out
+    return torch.stack([y[i:j].T @ x[i:j] for i, j in zip(bounds[:-1], bounds[1:], strict=True)])
+
+
+def _grad_sketch(a: Tensor, g: Tensor, cu_seqlens: Tensor, dim: int, seed: int) -> Tensor:
+    entry, sign = sketch_map(g.shape[1], a.shape[1], dim, seed, a.device)
+    entry, sign = entry.flatten(), sign.flatten()
+    bounds = cu_seqlens.tolist()
+    out = torch.zeros(len(bounds) - 1, dim, device=a.device)
+    for row, i, j in zip(out, bounds[:-1], bounds[1:], strict=True):
+        row.index_add_(0, entry, (g[i:j].T @ a[i:j]).flatten().float() * sign)
+    return out
 
 
 def _linear_logprob(
@@ -99,24 +139,71 @@ def _linear_logprob_jvp(
     return outputs[0], tangents[0]
 
 
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    parent: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    assert not softcap, "the timing cases have no cap"
+    visible = reference._visible(cu_seqlens, parent, window, q.shape[0])
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)[0].transpose(0, 1)
+
+
+def _attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **options: Any
+) -> tuple[Tensor, ...]:
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    return torch.autograd.grad(_attention(q, k, v, **options), (q, k, v), grad)
+
+
+def _attention_jvp(
+    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    with sdpa_kernel(SDPBackend.MATH):  # the fused ones have no forward mode
+        out, tangent = torch.func.jvp(lambda q, k, v: _attention(q, k, v, **options), (q, k, v), (dq[0], dk[0], dv[0]))[
+            :2
+        ]
+    return out, tangent
+
+
 # What one would write in plain PyTorch, in the inputs' precision: logits and per-example gradients are materialized.
 COMPOSITIONS: dict[str, Callable[..., Any]] = {
+    "attention": _attention,
+    "attention_backward": _attention_backward,
+    "attention_jvp": _attention_jvp,
     "ghost_dot": _ghost_dot,
+    "ghost_dot_lowrank": _ghost_dot_lowrank,
     "ghost_norm": _ghost_norm,
+    "grad_project": _grad_project,
+    "grad_sketch": _grad_sketch,
     "linear_logprob": _linear_logprob,
     "linear_logprob_backward": _linear_logprob_backward,
     "linear_logprob_jvp": _linear_logprob_jvp,
 }
 
 
-def bare_product(case: Case, arguments: Arguments) -> tuple[Callable[[], Tensor], int]:
-    """The matrix product at the heart of a case, by PyTorch in the case's dtype, and its flops."""
+def bare_product(case: Case, arguments: Arguments) -> tuple[Callable[[], object], int]:
+    """The matrix product (or two) at the heart of a case, by PyTorch in the case's dtype, and its flops."""
     s = case.sizes
+    if case.op.startswith("attention"):
+        q, k = arguments["q"].transpose(0, 1), arguments["k"].permute(1, 2, 0)
+        k = k.repeat_interleave(s["H"] // s["G"], 0)
+        return lambda: q @ k, 2 * s["H"] * s["N"] ** 2 * s["E"]
     if case.op == "ghost_dot":
         a, v = arguments["a"], arguments["v"]
         return lambda: a @ v[0].T, 2 * s["N"] * s["I"] * s["O"]
-    if case.op == "ghost_norm":
+    if case.op in ("ghost_norm", "grad_sketch"):
         a, g = arguments["a"], arguments["g"]
         return lambda: g.T @ a, 2 * s["N"] * s["I"] * s["O"]
+    if case.op in ("ghost_dot_lowrank", "grad_project"):
+        a, g, _, x, y = arguments.values()
+        left, right = (x[0], y[0]) if case.op == "ghost_dot_lowrank" else (y, x)
+        return lambda: (a @ right, g @ left), 2 * s["N"] * (s["I"] * right.shape[1] + s["O"] * left.shape[1])
     h, weight = arguments["h"], arguments["weight"]
     return lambda: h @ weight.T, 2 * s["N"] * s["D"] * s["V"]

@@ -69,10 +69,12 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def command(argv: list[str]) -> str:
-    """The command line as one would type it in a checkout: the module, and arguments without their folders."""
+    """The command line as one would type it: a module of the checkout by its name, no folders of absolute paths."""
     program = Path(argv[0]).resolve()
-    module = ".".join(program.relative_to(ROOT).with_suffix("").parts) if ROOT in program.parents else program.stem
-    return " ".join(["python -m", module, *(Path(word).name for word in argv[1:])])
+    name = program.name
+    if program.suffix == ".py" and ROOT in program.parents:
+        name = "python -m " + ".".join(program.relative_to(ROOT).with_suffix("").parts)
+    return " ".join([name, *(Path(word).name if Path(word).is_absolute() else word for word in argv[1:])])
 
 
 def slug(name: str) -> str:

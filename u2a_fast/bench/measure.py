@@ -2,7 +2,8 @@
 
 A case is timed only after its result on the same arguments is within the error budget of ``u2a_fast.testing`` against
 the float64 reference. Rates count the flops of the algorithm and the fewest bytes it can move. The ceilings, a large
-square matrix product in the case's dtype and a large copy, are measured in the same rounds.
+square matrix product in the case's dtype, a large copy and a large triad (x + s y into z, as the STREAM benchmark has
+it), are measured in the same rounds; the faster of the last two is the memory's rate.
 """
 
 import math
@@ -27,7 +28,7 @@ CUDA_ROTATION = 384 << 20
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure; gemm is the side of the square product, copy_bytes the size of the copied buffer."""
+    """How long to measure; gemm is the side of the square product, copy_bytes the size of a buffer that is copied."""
 
     device: str = "cpu"
     rounds: int = 5
@@ -38,16 +39,19 @@ class Settings:
     def of(cls, device: str, quick: bool) -> "Settings":
         """What fills ``device`` ("cpu" or "cuda"); ``quick`` measures shorter, and less surely."""
         if device == "cuda":
-            return cls(device, rounds=3 if quick else 11, gemm=8192, copy_bytes=2 << 30)
+            return cls(device, rounds=3 if quick else 11, gemm=8192, copy_bytes=1 << 30)
         return cls(rounds=3, gemm=512, copy_bytes=32 << 20) if quick else cls()
 
 
 def _ceilings(dtype: torch.dtype, settings: Settings) -> dict[str, Task]:
     n = settings.gemm
     x, y = (torch.randn(n, n, device=settings.device).to(dtype) for _ in range(2))
-    source = torch.ones(settings.copy_bytes // 4, device=settings.device)
-    sink = torch.empty_like(source)
-    return {"gemm": lambda _: x @ y, "copy": lambda _: sink.copy_(source)}
+    source, other, sink = (torch.ones(settings.copy_bytes // 4, device=settings.device) for _ in range(3))
+    return {
+        "gemm": lambda _: x @ y,
+        "copy": lambda _: sink.copy_(source),
+        "triad": lambda _: torch.add(source, other, alpha=3.0, out=sink),
+    }
 
 
 def _input_sets(arguments: dict[str, Any], device: str) -> list[dict[str, Any]]:
@@ -92,7 +96,8 @@ def measure(case: Case, settings: Settings) -> Row | list[str]:
 def _summary(case: Case, samples: dict[str, list[float]], product_flops: int, settings: Settings) -> dict[str, Any]:
     flops, moved = testing.cost(case)
     seconds = {name: Spread.of(times).p50 for name, times in samples.items()}
-    gemm, copy = 2 * settings.gemm**3 / seconds["gemm"], 2 * settings.copy_bytes / seconds["copy"]
+    gemm = 2 * settings.gemm**3 / seconds["gemm"]
+    copy, triad = 2 * settings.copy_bytes / seconds["copy"], 3 * settings.copy_bytes / seconds["triad"]
     # The product's time is scaled to the flops of the op, so that it is the time of a product of the same flops.
     scaled = [t * flops / product_flops for t in samples["product"]]
     return {
@@ -107,9 +112,11 @@ def _summary(case: Case, samples: dict[str, list[float]], product_flops: int, se
         "gbytes": moved / seconds["op"] / 1e9,
         "gemm_gflops": gemm / 1e9,
         "copy_gbytes": copy / 1e9,
+        "triad_gbytes": triad / 1e9,
         "of_gemm": flops / seconds["op"] / gemm,
         "of_copy": moved / seconds["op"] / copy,
-        "of_limit": max(flops / gemm, moved / copy) / seconds["op"],
+        "of_limit": max(flops / gemm, moved / max(copy, triad)) / seconds["op"],
+        "yardstick_seconds": {name: float(f"{seconds[name]:.4g}") for name in ("reference", "composition", "product")},
         "vs_reference": ratios(samples["reference"], samples["op"]).to_list(),
         "vs_composition": ratios(samples["composition"], samples["op"]).to_list(),
         "vs_product": ratios(scaled, samples["op"]).to_list(),

@@ -7,6 +7,7 @@ from transformers.utils import logging as transformers_logging
 
 from u2a_fast import __version__
 from u2a_fast.cli.align import align
+from u2a_fast.cli.bench import bench
 from u2a_fast.cli.evaluate import evaluate
 from u2a_fast.cli.score import score
 from u2a_fast.cli.select import select
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 for command in (score, select, unlearn, align, evaluate, report, demo, doctor):
     app.command()(command)
+app.add_typer(bench)
 
 
 def _show_version(wanted: bool) -> None:

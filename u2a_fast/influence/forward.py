@@ -15,7 +15,7 @@ from u2a_fast.data.packing import Example, Packed
 from u2a_fast.data.sharing import shared_batches
 from u2a_fast.influence.derivatives import DerivativeBatch, Direction, cast_parameters, stack_directions
 from u2a_fast.models.decoder import Decoder, check_packing, check_reduction, probe_examples, reduce_tokens
-from u2a_fast.models.norms import short_rms_norms
+from u2a_fast.models.fused import fused_tangents
 from u2a_fast.models.parameters import evaluation_mode
 from u2a_fast.models.tangents import dual_parameters, split_dual
 
@@ -80,7 +80,7 @@ class ForwardPass:
     def running(self) -> Iterator[None]:
         """The model frozen, in evaluation mode and in ``dtype``: run batches inside this block."""
         cast = cast_parameters(self.model, self.dtype) if self.dtype is not None else nullcontext()
-        with cast, evaluation_mode(self.model), short_rms_norms(self.model):
+        with cast, evaluation_mode(self.model), fused_tangents(self.model):
             yield
 
     def __call__(self, examples: Sequence[Example]) -> DerivativeBatch:

@@ -1,0 +1,141 @@
+"""One pass over memory for what lies between a decoder's products, in place of the model's own while tangents are
+carried: RMS norms, gated linear units, rotary embeddings.
+
+PyTorch answers every elementary operation of theirs with several passes for the tangent; in bfloat16 on CPU that is
+half of a forward-mode pass (benchmarks/LOG.md). Each is used where random inputs show that it computes what the model
+computes, and where there is a tangent to carry; float64 models, which are there to be exact, keep their own.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+
+from u2a_fast import ops
+from u2a_fast.models.norms import rms_norm_form
+from u2a_fast.models.tangents import has_tangent
+
+__all__ = ["fused_tangents"]
+
+_ROTARY = "apply_rotary_pos_emb"
+
+
+def _agree(got: Tensor, want: Tensor) -> bool:
+    # rounded once where the model rounds after every operation
+    return bool((got - want).abs().max() <= 8 * torch.finfo(want.dtype).eps * want.abs().max())
+
+
+def _noise(*shape: int, like: Tensor) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+
+
+def _rms_norm(module: Any, offset: float, eps: float, hidden_states: Tensor) -> Tensor:
+    pair = forward_ad.unpack_dual(hidden_states)
+    if pair.tangent is None:
+        return type(module).forward(module, hidden_states)
+    x, dx = (t.flatten(0, -2) for t in pair)
+    scale = forward_ad.unpack_dual(module.weight.float() + offset)
+    y, dy = ops.rms_norm_jvp(x, dx, scale.primal, scale.tangent, eps)
+    shape = hidden_states.shape
+    return forward_ad.make_dual(y.view(shape), dy.view(shape))
+
+
+def _gated(module: Any, gelu: bool, x: Tensor) -> Tensor:
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    gates, ups = forward_ad.unpack_dual(gate), forward_ad.unpack_dual(up)
+    if gates.tangent is None or ups.tangent is None:
+        return module.down_proj(module.act_fn(gate) * up)
+    rows = [t.flatten(0, -2) for t in (gates.primal, ups.primal, gates.tangent, ups.tangent)]
+    y, dy = ops.glu_jvp(rows[0], rows[1], rows[2], rows[3], gelu)
+    return module.down_proj(forward_ad.make_dual(y.view(gate.shape), dy.view(gate.shape)))
+
+
+@torch.no_grad()
+def _gated_form(module: Any) -> bool | None:
+    """Whether a gated unit down(act(gate x) * up x) has GELU by tanh (True) or SiLU (False); None: it is neither."""
+    parts: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")]
+    gate, up, _, activation = parts
+    plain = type(activation).__module__ in ("transformers.activations", "torch.nn.modules.activation")
+    if not plain or activation._forward_hooks or not all(isinstance(part, nn.Module) for part in parts):
+        return None
+    features = getattr(up, "in_features", None)
+    if not isinstance(features, int):
+        return None
+    x = _noise(4, features, like=next(module.parameters()))
+    z, u = gate(x), up(x)
+    own = type(module).forward(module, x)
+    for gelu in (False, True):
+        y, _ = ops.glu_jvp(z, u, torch.zeros_like(z), torch.zeros_like(u), gelu)
+        if _agree(y, activation(z) * u) and _agree(module.down_proj(y), own):
+            return gelu
+    return None
+
+
+def _rotate(plain: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    whole = q.shape[0] == 1 and cos.dim() == 3 and cos.shape[-1] == q.shape[-1]  # some models turn a part of a head
+    if not (whole and has_tangent(q) and has_tangent(k)):
+        return plain(q, k, cos, sin)
+    out = []
+    for x in (q, k):
+        pair = forward_ad.unpack_dual(x)
+        turned = [ops.rotary(t[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None] for t in pair]
+        out.append(forward_ad.make_dual(turned[0], turned[1]))
+    return tuple(out)
+
+
+@torch.no_grad()
+def _rotary_function(namespace: Any, like: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The namespace's rotary function through ``rotary``, None where it computes something else."""
+    plain = getattr(namespace, _ROTARY, None)
+    if plain is None:
+        return None
+    q, angles = _noise(1, 2, 5, 8, like=like), _noise(1, 5, 4, like=like)
+    cos, sin = (torch.cat([f(angles)] * 2, -1) for f in (torch.cos, torch.sin))
+    try:
+        want = plain(q, q, cos, sin)[0]
+    except (TypeError, ValueError, RuntimeError):  # another signature
+        return None
+    got = ops.rotary(q[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None]
+    if want.shape != got.shape or not _agree(got, want):
+        return None
+    return partial(_rotate, plain)
+
+
+@contextmanager
+def fused_tangents(model: nn.Module) -> Iterator[None]:
+    """Carry tangents through norms, gated units and rotary embeddings in one pass each, for the duration of the block.
+
+    Weights must not change in the block. Modules whose forward was replaced already are left alone.
+    """
+    modules: list[nn.Module] = []
+    namespaces: list[tuple[Any, Any]] = []
+    try:
+        for module in model.modules():
+            like = next(module.parameters(), None)
+            if like is None or like.dtype == torch.float64 or "forward" in vars(module):
+                continue
+            form = rms_norm_form(module)
+            gelu = _gated_form(module) if form is None else None
+            if form is not None:
+                module.forward = partial(_rms_norm, module, *form)
+            elif gelu is not None:
+                module.forward = partial(_gated, module, gelu)
+            if "forward" in vars(module):
+                modules.append(module)
+            namespace = sys.modules[type(module).__module__]
+            if hasattr(namespace, _ROTARY) and all(namespace is not seen for seen, _ in namespaces):
+                turned = _rotary_function(namespace, like)
+                if turned is not None:
+                    namespaces.append((namespace, getattr(namespace, _ROTARY)))
+                    setattr(namespace, _ROTARY, turned)
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+        for namespace, plain in namespaces:
+            setattr(namespace, _ROTARY, plain)
