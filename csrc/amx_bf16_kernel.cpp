@@ -152,7 +152,11 @@ class RowBlock<TileEngine, BFloat16> {
 };
 
 }  // namespace
+}  // namespace u2a
 
+#include "amx_contraction.h"
+
+namespace u2a {
 const Kernels kAmxBf16 = kernel_set<Bf16Set<TileEngine>>("AMX BF16");
 }  // namespace u2a
 U2A_TARGET_END

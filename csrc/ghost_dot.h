@@ -43,7 +43,7 @@ void ghost_dot_with(const GhostDot& op, const Parallel& parallel) {
       for (int64_t panel = begin / E::MR; panel < ceil_div(end, E::MR); ++panel) wanted.as<bool>()[panel] = true;
     }
   }
-  if (count > 0) TileDots<E, T>(op, parallel, tiled.as<int32_t>(), count, sums.as<double>()).run();
+  if (count > 0) add_tile_dots<E, T>(op, parallel, tiled.as<int32_t>(), count, sums.as<double>());
   if (count < op.b) TokenDots<E, T>(op, parallel, wanted.as<bool>(), rows.as<double>()).run();
   S* out = static_cast<S*>(op.out);
   for (int64_t k = 0; k < op.k; ++k) {

@@ -17,12 +17,101 @@ bool tile_form_is_cheaper(int64_t tokens, int64_t directions) {
   return round_up(tokens, E::kDepth) * 4 / 3 + directions * E::kDirectionTokens < directions * tokens;
 }
 
+// Contracts tiles of a few examples' gradients with tiles of a few directions, on the vector units: directions by
+// examples, kAtOnce by kExamples sums stay in registers.
 template <class E, class T>
+class VectorContraction {
+  using S = typename E::Accumulate;
+  static constexpr int64_t kArea = E::MR * E::NR, W = kLanes<S>, kAtOnce = 4;
+
+ public:
+  static constexpr int64_t kExamples = U2A_VECTOR_BYTES == 64 ? 4 : 2;
+  static constexpr int64_t kDirectionBytes = kArea * sizeof(S);  // of a tile of one direction
+  static constexpr int64_t kColumnPanels = 1;                    // loaded at once
+
+  VectorContraction(int64_t directions, int64_t row_panels)
+      : directions_(directions * row_panels * kDirectionBytes),
+        sums_(round_up(directions, kAtOnce) * kExamples * sizeof(Vec<S>)),
+        tiles_(kExamples * kArea * sizeof(S)) {
+    std::memset(tiles_.as<S>(), 0, kExamples * kArea * sizeof(S));
+  }
+
+  // Takes `count` rows and `columns` columns of `some` directions, whose rows lie one after the other from v on and
+  // whose own beginnings lie `apart` rows apart.
+  void load_directions(View<T> v, int64_t apart, int64_t some, int64_t count, int64_t columns) {
+    some_ = some;
+    S* tiles = directions_.as<S>();
+    for (int64_t r = 0; r < round_up(count, E::MR); ++r) {
+      for (int64_t j = 0; j < some; ++j) {
+        S* to = tiles + (r / E::MR * some + j) * kArea + r % E::MR * E::NR;
+        const T* from = v.data + (j * apart + r) * v.row;
+        int64_t c = 0;
+        if (r < count) {
+          // The next panel's turn comes when this one is contracted.
+          for (int64_t x = 0; x < E::NR; x += 64 / sizeof(T)) __builtin_prefetch(from + E::NR + x, 0, 2);
+          for (; c + W <= columns; c += W) store(to + c, load(from + c));
+          for (; c < columns; ++c) to[c] = scalar(from[c]);
+        }
+        for (; c < E::NR; ++c) to[c] = 0;
+      }
+    }
+  }
+
+  void start() { std::memset(sums_.as<S>(), 0, round_up(some_, kAtOnce) * kExamples * sizeof(Vec<S>)); }
+
+  // Where the tile of example x is to be made; it is taken in by shares once it is there.
+  S* tile(int64_t x) { return tiles_.as<S>() + x * kArea; }
+  void take(int64_t, int64_t, int64_t) {}
+
+  // Adds the products of the tiles of row panel q and column panel p.
+  void add_panel(int64_t, int64_t q) {
+    for (int64_t j = 0; j < some_; j += kAtOnce)
+      contract(directions_.as<S>() + (q * some_ + j) * kArea, smaller(kAtOnce, some_ - j), tiles_.as<S>(),
+               sums_.as<S>() + j * kExamples * W);
+  }
+
+  double sum(int64_t j, int64_t x) const { return sum_lanes<S>(load(sums_.as<S>() + (j * kExamples + x) * W)); }
+
+ private:
+  // sums[j][x] += direction j * tile x, vector by vector.
+  static void contract(const S* directions, int64_t some, const S* tiles, S* sums) {
+    // Missing directions repeat the last; nothing reads their sums.
+    const S* direction[kAtOnce];
+    for (int64_t j = 0; j < kAtOnce; ++j) direction[j] = directions + smaller(j, some - 1) * kArea;
+    Vec<S> sum[kAtOnce][kExamples];
+    for (int j = 0; j < kAtOnce; ++j)
+      for (int x = 0; x < kExamples; ++x) sum[j][x] = load(sums + (j * kExamples + x) * W);
+    for (int64_t c = 0; c < kArea; c += W) {
+      Vec<S> entries[kExamples];
+#pragma GCC unroll 4
+      for (int x = 0; x < kExamples; ++x) entries[x] = load(tiles + x * kArea + c);
+#pragma GCC unroll 4
+      for (int j = 0; j < kAtOnce; ++j) {
+        const Vec<S> v = load(direction[j] + c);
+#pragma GCC unroll 4
+        for (int x = 0; x < kExamples; ++x) sum[j][x] += v * entries[x];
+      }
+    }
+    for (int j = 0; j < kAtOnce; ++j)
+      for (int x = 0; x < kExamples; ++x) store(sums + (j * kExamples + x) * W, sum[j][x]);
+  }
+
+  int64_t some_ = 0;
+  Buffer directions_, sums_, tiles_;  // directions: (row panel, direction, tile)
+};
+
+// What contracts a few directions, and kMany or more of them.
+template <class E, class T>
+struct Contractions {
+  static constexpr int64_t kMany = 1;
+  using Few = VectorContraction<E, T>;
+  using Many = VectorContraction<E, T>;
+};
+
+template <class E, class T, class Contraction>
 class TileDots {
   using S = typename E::Accumulate;
-  static constexpr int64_t kArea = E::MR * E::NR, kVectors = kArea / kLanes<S>;
-  // Directions by examples whose sums are kept in registers: 16 of 32, or 8 of 16.
-  static constexpr int64_t kAtOnce = 4, kExamples = U2A_VECTOR_BYTES == 64 ? 4 : 2;
+  static constexpr int64_t kExamples = Contraction::kExamples, kColumnPanels = Contraction::kColumnPanels;
   // What a thread takes of its level-2 cache: row panels of G at a time, their tiles of directions, their rows of g.
   static constexpr int64_t kRowPanels = 128 / E::MR, kDirectionBytes = 512 << 10, kGradientBytes = 768 << 10;
 
@@ -34,7 +123,7 @@ class TileDots {
         chosen_(chosen),
         count_(count),
         sums_(sums),
-        together_(smaller(op.k, kDirectionBytes / int64_t(kRowPanels * kArea * sizeof(S)))) {}
+        together_(smaller(op.k, kDirectionBytes / (kRowPanels * kColumnPanels * Contraction::kDirectionBytes))) {}
 
   void run() {
     for (int64_t first = 0, end; first < count_; first = end) {
@@ -106,91 +195,60 @@ class TileDots {
       for (int64_t p = 0; p < g.panels; ++p)
         E::pack_a(View<T>{source.from_row(begin(first + e)).data + o + p * E::MR, 1, source.row}, count - p * E::MR,
                   tokens(first + e), g.at(e, p, tokens(first + e)));
-    Buffer directions(together_ * g.panels * kArea * sizeof(S));
+    const View<T> v = view<T>(op_.v);
+    Contraction contraction(together_, g.panels);
     for (int64_t k = 0; k < op_.k; k += together_) {
       const int64_t some = smaller(together_, op_.k - k);
-      for (int64_t p = 0; p < a.panels; ++p) {
-        lay_out(k, some, o, count, p * E::NR, directions.as<S>());
-        for (int64_t e = 0; e < examples; e += kExamples)
-          add_tiles(first, e, smaller(kExamples, examples - e), a, p, g, count, directions.as<S>(), some,
-                    part + k * examples + e, examples);
+      for (int64_t p = 0; p < a.panels; p += kColumnPanels) {
+        const View<T> from = v.from_row(k * op_.o + o);
+        contraction.load_directions({from.data + p * E::NR, from.row, 1}, op_.o, some, count,
+                                    smaller<int64_t>(kColumnPanels * E::NR, op_.i - p * E::NR));
+        for (int64_t c = p; c < smaller(p + kColumnPanels, a.panels); ++c)
+          add_column(first, end, a, c, g, count, some, part + k * examples, contraction);
       }
     }
   }
 
-  // Tiles of directions k on, one behind the other, zero outside of the matrix: (row panel, direction, tile).
-  void lay_out(int64_t k, int64_t some, int64_t o, int64_t count, int64_t i, S* tiles) const {
-    constexpr int64_t W = kLanes<S>;
-    const View<T> v = view<T>(op_.v);
-    const int64_t columns = smaller<int64_t>(E::NR, op_.i - i);
-    for (int64_t r = 0; r < round_up(count, E::MR); ++r) {
-      for (int64_t j = 0; j < some; ++j) {
-        S* to = tiles + (r / E::MR * some + j) * kArea + r % E::MR * E::NR;
-        const T* from = v.data + ((k + j) * op_.o + o + r) * v.row + i;
-        int64_t c = 0;
-        if (r < count) {
-          // The next panel's turn comes when this one is contracted.
-          for (int64_t x = 0; x < E::NR; x += 64 / sizeof(T)) __builtin_prefetch(from + E::NR + x, 0, 2);
-          for (; c + W <= columns; c += W) store(to + c, load(from + c));
-          for (; c < columns; ++c) to[c] = scalar(from[c]);
-        }
-        for (; c < E::NR; ++c) to[c] = 0;
+  // Column panel p of all the examples' G, whose rows are those of g.
+  void add_column(int64_t first, int64_t end, const GroupPanels<false>& a, int64_t p, const GroupPanels<true>& g,
+                  int64_t count, int64_t some, double* part, Contraction& contraction) {
+    const int64_t examples = end - first, columns = smaller<int64_t>(E::NR, op_.i - p * E::NR);
+    for (int64_t e = 0; e < examples; e += kExamples) {
+      const int64_t few = smaller(kExamples, examples - e);
+      contraction.start();
+      for (int64_t q = 0; q < g.panels; ++q) {
+        const auto panels_of = [&](int64_t x, int64_t t) { return Operands{g.at(e + x, q, t), a.at(e + x, p, t)}; };
+        make_tiles(first + e, few, panels_of, smaller<int64_t>(E::MR, count - q * E::MR), columns, contraction);
+        contraction.add_panel(p % kColumnPanels, q);
       }
+      for (int64_t j = 0; j < some; ++j)
+        for (int64_t x = 0; x < few; ++x) part[j * examples + e + x] += contraction.sum(j, x);
     }
   }
 
-  // part[j * stride + x] += <direction j, column panel p of G> of the examples e + x.
-  void add_tiles(int64_t first, int64_t e, int64_t few, const GroupPanels<false>& a, int64_t p,
-                 const GroupPanels<true>& g, int64_t count, const S* directions, int64_t some, double* part,
-                 int64_t stride) const {
-    alignas(64) S tiles[kExamples][kArea];
-    Buffer sums(round_up(some, kAtOnce) * kExamples * sizeof(Vec<S>));
-    std::memset(sums.as<S>(), 0, round_up(some, kAtOnce) * kExamples * sizeof(Vec<S>));
-    std::memset(tiles, 0, sizeof(tiles));
-    const int64_t columns = smaller<int64_t>(E::NR, op_.i - p * E::NR);
-    for (int64_t q = 0; q < g.panels; ++q) {
-      for (int64_t x = 0; x < few; ++x) {
-        const int64_t t = tokens(first + e + x);
-        E::multiply(g.at(e + x, q, t), a.at(e + x, p, t), t, tiles[x], E::NR, false);
-        clear_outside(tiles[x], smaller<int64_t>(E::MR, count - q * E::MR), columns);
-      }
-      for (int64_t j = 0; j < some; j += kAtOnce)
-        contract(directions + (q * some + j) * kArea, smaller(kAtOnce, some - j), tiles[0],
-                 sums.as<S>() + j * kExamples * kLanes<S>);
+  struct Operands {
+    const typename E::Packed *g, *a;
+  };
+
+  // The tiles of examples e to e + few - 1; each is taken in while the next is being made.
+  template <class PanelsOf>
+  void make_tiles(int64_t e, int64_t few, const PanelsOf& panels_of, int64_t rows, int64_t columns,
+                  Contraction& contraction) const {
+    for (int64_t x = 0; x < few; ++x) {
+      const int64_t t = tokens(e + x);
+      const Operands panels = panels_of(x, t);
+      E::multiply(panels.g, panels.a, t, contraction.tile(x), E::NR, false, [&](int64_t share, int64_t shares) {
+        if (x > 0) contraction.take(x - 1, share, shares);
+      });
+      clear_outside(contraction.tile(x), rows, columns);
     }
-    for (int64_t j = 0; j < some; ++j)
-      for (int64_t x = 0; x < few; ++x)
-        part[j * stride + x] += double(sum_lanes<S>(load(sums.as<S>() + (j * kExamples + x) * kLanes<S>)));
+    contraction.take(few - 1, 0, 1);
   }
 
   // Panels are padded with zeros, whose product with an infinity is not 0.
   static void clear_outside(S* tile, int64_t rows, int64_t columns) {
     for (int64_t r = 0; r < E::MR; ++r)
       for (int64_t c = r < rows ? columns : 0; c < E::NR; ++c) tile[r * E::NR + c] = 0;
-  }
-
-  // sums[j][x] += direction j * tile x, vector by vector.
-  static void contract(const S* directions, int64_t some, const S* tiles, S* sums) {
-    constexpr int64_t W = kLanes<S>;
-    // Missing directions repeat the last; nothing reads their sums.
-    const S* direction[kAtOnce];
-    for (int64_t j = 0; j < kAtOnce; ++j) direction[j] = directions + smaller(j, some - 1) * kArea;
-    Vec<S> sum[kAtOnce][kExamples];
-    for (int j = 0; j < kAtOnce; ++j)
-      for (int x = 0; x < kExamples; ++x) sum[j][x] = load(sums + (j * kExamples + x) * W);
-    for (int64_t c = 0; c < kArea; c += W) {
-      Vec<S> entries[kExamples];
-#pragma GCC unroll 4
-      for (int x = 0; x < kExamples; ++x) entries[x] = load(tiles + x * kArea + c);
-#pragma GCC unroll 4
-      for (int j = 0; j < kAtOnce; ++j) {
-        const Vec<S> v = load(direction[j] + c);
-#pragma GCC unroll 4
-        for (int x = 0; x < kExamples; ++x) sum[j][x] += v * entries[x];
-      }
-    }
-    for (int j = 0; j < kAtOnce; ++j)
-      for (int x = 0; x < kExamples; ++x) store(sums + (j * kExamples + x) * W, sum[j][x]);
   }
 
   const GhostDot& op_;
@@ -200,6 +258,15 @@ class TileDots {
   double* sums_;
   int64_t together_;  // directions at a time
 };
+
+template <class E, class T>
+void add_tile_dots(const GhostDot& op, const Parallel& parallel, const int32_t* chosen, int64_t count, double* sums) {
+  using With = Contractions<E, T>;
+  if (op.k < With::kMany)
+    TileDots<E, T, typename With::Few>(op, parallel, chosen, count, sums).run();
+  else
+    TileDots<E, T, typename With::Many>(op, parallel, chosen, count, sums).run();
+}
 
 }  // namespace
 }  // namespace u2a
