@@ -15,7 +15,7 @@ HAS_PACKAGES := import u2a_fast.cli, transformers, accelerate, peft, matplotlib,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench peers clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*  ## /  make \1\t/p' Makefile | expand -t 16
@@ -40,6 +40,9 @@ format: $(VENV)/.tools  ## ruff format and clang-format, in place
 
 bench: $(VENV)/.tools  ## correctness-gated timings on one thread, as rows and tables (8 minutes)
 	$(BIN)/python -m benchmarks.all
+
+peers: $(VENV)/.tools  ## the same negatives scored by u2a_fast and by other libraries, on one thread (15 minutes)
+	$(BIN)/python -m benchmarks.peers --write
 
 clean:  ## remove the environment, builds, caches and the demo's output
 	rm -rf "$(VENV)" build dist *.egg-info u2a_fast/*.so "$(OUT)" .pytest_cache .ruff_cache .mypy_cache

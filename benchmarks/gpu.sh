@@ -46,7 +46,7 @@ if [ ! -s "$ROWS" ]; then
   skip profile "no rows"
 elif command -v ncu >/dev/null && ncu --version >/dev/null 2>&1; then
   phase profile 50 ncu --clock-control none --set basic --launch-count 6 \
-    --kernel-name 'regex:(ghost_dot|gram|tile|logprob|jvp|dz|matmul|combine|tangents)_kernel' "$PYTHON" -m benchmarks.slowest --rows "$ROWS"
+    --kernel-name 'regex:(attention|queries|keys|ghost_dot|gram|tile|logprob|jvp|dz|matmul|combine|tangents)_kernel' "$PYTHON" -m benchmarks.slowest --rows "$ROWS"
 else
   phase profile 50 "$PYTHON" -m benchmarks.slowest --rows "$ROWS" --profile
 fi

@@ -35,6 +35,7 @@ from u2a_fast.bench.rows import Row, make_row, write_rows
 from u2a_fast.bench.timing import once, ratios
 from u2a_fast.data.packing import Example, batched
 from u2a_fast.influence.derivatives import DerivativePass
+from u2a_fast.influence.lowrank import truncate
 from u2a_fast.models.decoder import Decoder
 from u2a_fast.statistics import spearman
 
@@ -45,6 +46,11 @@ TOKEN_BUDGET = 2048
 # score near zero is a difference of large terms, and its own digits say nothing about the ranking.
 AGREEMENT = 1e-4
 RANKING = 0.995  # bfloat16 scores, Spearman against float32
+OURS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"dtype": torch.bfloat16},
+    **{f"lowrank{rank}": {"approximate": partial(truncate, ranks=rank)} for rank in (16, 32, 64)},
+}
 CHECKED = 16  # examples whose scores are compared with autograd in float64, which takes twice as long as float32
 
 Contestant = Callable[[Sequence[Example]], Any]
@@ -61,11 +67,11 @@ def _contestants(
     # Each works on a model of its own: the procedure needs gradients of weights, bfloat16 other weights.
     setup: dict[str, float] = {}
     contestants: dict[str, Contestant] = {}
-    for name, dtype in (("fp32", None), ("bf16", torch.bfloat16)):
+    for name, options in OURS.items():
         model = copy.deepcopy(workload.model)
 
-        def prepare(model: Any = model, dtype: torch.dtype | None = dtype, name: str = name) -> None:
-            passes = DerivativePass(model, [direction], dtype=dtype)
+        def prepare(model: Any = model, options: dict[str, Any] = options, name: str = name) -> None:
+            passes = DerivativePass(model, [direction], **options)
             stack.enter_context(passes.running())
             contestants[name] = lambda examples: passes(examples).derivatives[0]
 
@@ -81,7 +87,7 @@ def _contestants(
 
 def _gate(workload: Workload, direction: dict[str, Tensor], contestants: dict[str, Contestant]) -> dict[str, float]:
     """What the scores are worth; GateError where those of float32 are wrong."""
-    scores = {name: torch.empty(len(workload.examples), dtype=torch.float64) for name in ("fp32", "bf16")}
+    scores = {name: torch.empty(len(workload.examples), dtype=torch.float64) for name in OURS}
     for positions, batch in batched(workload.examples, TOKEN_BUDGET):
         for name, found in scores.items():
             found[positions] = contestants[name](batch).double()
@@ -92,8 +98,13 @@ def _gate(workload: Workload, direction: dict[str, Tensor], contestants: dict[st
     for name, error in errors.items():
         if not error <= AGREEMENT:
             raise GateError(f"{workload.name}: {name} scores differ from float64 autograd by {error:.1e} (relative)")
-    ranking = spearman(scores["bf16"].numpy(), scores["fp32"].numpy())
-    return {"relative_error": errors["fp32"], "spearman_bf16": ranking, "checked": len(checked)}
+    ranking = {name: spearman(found.numpy(), scores["fp32"].numpy()) for name, found in scores.items()}
+    return {
+        "relative_error": errors["fp32"],
+        "spearman_bf16": ranking["bf16"],
+        "spearman": ranking,
+        "checked": len(checked),
+    }
 
 
 def measure(workload: Workload, *, rounds: int, public: bool) -> Row:
@@ -156,7 +167,9 @@ def _report(row: Row) -> None:
     for name, units in row["units"].items():
         p20, p50, p80 = row["units_spread"][name]
         rate = row["examples_per_second"][name]
-        print(f"  {name:<15} {units:6.2f} units (blocks: {p20:.2f} / {p50:.2f} / {p80:.2f}), {rate:8.2f} examples/s")
+        ranked = f", Spearman {row['spearman'][name]:.4f}" if name.startswith("lowrank") else ""
+        spread = f"blocks: {p20:.2f} / {p50:.2f} / {p80:.2f}"
+        print(f"  {name:<15} {units:6.2f} units ({spread}), {rate:8.2f} examples/s{ranked}")
     for name, ratio in row["speedup"].items():
         p20, p50, p80 = ratio["spread"]
         print(f"  {name:<24} {ratio['total']:5.2f} x (blocks: {p20:.2f} / {p50:.2f} / {p80:.2f})")

@@ -23,12 +23,15 @@ __all__ = ["TABLES", "main", "render"]
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
-EMPTY = "No results yet: `make bench` measures, and writes them here.\n"
+EMPTY = "No results yet: `make bench` and `make peers` measure, and write them here.\n"
 CONTESTANTS = {
     "forward": "forward pass, LM head on every token (the unit)",
     "forward_answer": "forward pass, LM head on answer tokens",
     "fp32": "u2a_fast, float32",
     "bf16": "u2a_fast, bfloat16",
+    "lowrank16": "u2a_fast, low rank 16, float32",
+    "lowrank32": "u2a_fast, low rank 32, float32",
+    "lowrank64": "u2a_fast, low rank 64, float32",
     "public": "public U2A procedure, unpadded",
     "public_padded": "public U2A procedure, padded to 256 tokens",
 }
@@ -151,6 +154,60 @@ def _memory(rows: list[Row]) -> str:
     return "\n".join(parts)
 
 
+def _peers(rows: list[Row]) -> str:
+    header = (
+        "what runs",
+        "units",
+        "CPU time",
+        "examples/s",
+        "peak MiB",
+        "error",
+        "Spearman",
+        "of linears",
+        "Pearson",
+        "lines",
+    )
+    parts = []
+    for workload, group in groupby(sorted(rows, key=lambda row: row["workload"]), key=lambda row: row["workload"]):
+        mine = list(group)
+        ran = sorted((row for row in mine if not row["error"]), key=_norms_last)
+        lines = [_peer(row) for row in ran]
+        failed = "".join(f"* {row['label']}{_package(row)}: {row['error']}\n" for row in mine if row["error"])
+        size = max(row["judged_examples"] for row in ran)
+        title = f"`{workload}`: {ran[0]['parameters'] / 1e6:.1f} M parameters, {size} negatives; {ran[0]['gate']}."
+        parts.append(f"{title}\n\n{_grid(header, lines)}" + (f"\nNo result:\n\n{failed}" if failed else ""))
+    return "\n".join(parts)
+
+
+def _norms_last(row: Row) -> tuple[bool, float]:
+    return row.get("truth") == "norms", row["units"][1]
+
+
+def _package(row: Row) -> str:
+    return f" ({row['package'].replace('==', ' ')})" if row["package"] else ""
+
+
+def _peer(row: Row) -> tuple[str, ...]:
+    rate, low, high = row["units"][1], row["units"][0], row["units"][2]
+    name = f"**{row['label']}**" if row["label"].startswith("u2a_fast") else f"{row['label']}{_package(row)}"
+    agreement = ["", "", "", ""]
+    if "spearman" in row:
+        spearman = row["spearman"] if row["truth"] != "norms" else {}
+        ranks = [f"{spearman[what]:.4f}" if what in spearman else "" for what in ("all", "linears")]
+        pearson = f"{row['pearson']['all']:.4f}" if spearman else ""
+        agreement = [f"{row['relative_error']:.0e} ({row['truth']})", *ranks, pearson]
+    peak = f"{row['peak_mib']:,.0f}" if row["peak_mib"] else ""
+    return (
+        name,
+        f"{rate:.2f} ({low:.2f} to {high:.2f})",
+        f"{row['cpu_units'][1]:.2f}",
+        f"{row['examples_per_second']:.2f}",
+        peak,
+        *agreement,
+        str(row["lines"]),
+    )
+
+
 def _select(benchmark: str, device: str = "cpu") -> Callable[[list[Row]], list[Row]]:
     return lambda rows: [row for row in rows if (row["benchmark"], row["device"]) == (benchmark, device)]
 
@@ -159,6 +216,7 @@ TABLES: dict[str, tuple[Callable[[list[Row]], list[Row]], Callable[[list[Row]], 
     "goals": (lambda rows: [row for row in _select("score")(rows) if row["threads"] == 1], _goals),
     "score": (_select("score"), _scoring),
     "memory": (_select("memory"), _memory),
+    "peers": (_select("peers"), _peers),
     "ops-cpu": (_select("ops"), _ops),
     "ops-cuda": (_select("ops", "cuda"), _ops),
 }

@@ -45,7 +45,9 @@ class Workload:
         return found
 
 
-def random_llama(*, hidden: int, layers: int, ffn: int, heads: int, vocabulary: int) -> nn.Module:
+def random_llama(
+    *, hidden: int, layers: int, ffn: int, heads: int, vocabulary: int, kv_heads: int | None = None
+) -> nn.Module:
     """A Llama with tied embeddings and random weights, float32, the same at every call."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -53,7 +55,7 @@ def random_llama(*, hidden: int, layers: int, ffn: int, heads: int, vocabulary: 
         num_hidden_layers=layers,
         intermediate_size=ffn,
         num_attention_heads=heads,
-        num_key_value_heads=heads,
+        num_key_value_heads=kv_heads or heads,
         vocab_size=vocabulary,
         tie_word_embeddings=True,
     )

@@ -37,8 +37,13 @@ void write_transposed(const S* columns, int64_t features, int64_t count, T* to, 
       Vec<S> square[W];
       for (int r = 0; r < W; ++r) square[r] = finish(load(columns + (f + r) * NR + c), c, f + r);
       transpose(square);
-      for (int64_t t = 0; t < smaller<int64_t>(W, count - c); ++t)
-        store_rounded<S>(to + (c + t) * stride + f, square[t], features - f);
+      T* corner = to + c * stride + f;
+      if (count - c >= W && features - f >= W) {
+        for (int t = 0; t < W; ++t) store_rounded<S>(corner + t * stride, square[t], W);
+      } else {
+        for (int64_t t = 0; t < smaller<int64_t>(W, count - c); ++t)
+          store_rounded<S>(corner + t * stride, square[t], features - f);
+      }
     }
   }
 }
@@ -78,7 +83,11 @@ template <class S>
 void hide(const Attention& op, int64_t offset, S* row, int64_t width, S hidden) {
   const int64_t last = op.window ? offset + op.window - 1 : width;
   if (offset <= 0 && last >= width - 1) return;
-  for (int64_t c = 0; c < width; ++c) row[c] = c < offset || c > last ? hidden : row[c];
+  constexpr int W = kLanes<S>;
+  Vec<S> query{};
+  for (int lane = 0; lane < W; ++lane) query[lane] = S(lane);
+  for (int64_t c = 0; c < width; c += W, query += S(W))
+    store(row + c, (query < S(offset)) | (query > S(last)) ? splat(hidden) : load(row + c));
 }
 
 class AttentionPlan {

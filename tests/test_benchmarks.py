@@ -237,6 +237,7 @@ def test_tables_from_rows(tmp_path: Path, scoring_row: Row, capsys: pytest.Captu
     assert isinstance(ops_row, dict)
     points = [make_row("memory", "vocabulary-9", {"axis": "vocabulary", "size": 9, **_mib()}, gate="yes")]
     points.append(make_row("memory", "negatives-7", {"axis": "negatives", "size": 7, "peak_mib": 3.0}, gate="yes"))
+    points += [make_row("peers", f"tiny-{row['label']}", row, gate="yes") for row in _peer_rows()]
     page, rows = tmp_path / "page.md", tmp_path / "rows"
     write_rows(rows / "machine.jsonl", [scoring_row, ops_row, *points])
     page.write_text("".join(f"<!-- table: {name} -->\nold\n<!-- /table -->\n" for name in tables.TABLES))
@@ -246,9 +247,27 @@ def test_tables_from_rows(tmp_path: Path, scoring_row: Row, capsys: pytest.Captu
     assert tables.main(["--check"], pages=[page], results=rows) == 0
     text = page.read_text()
     assert "public U2A procedure, padded" in text and "| 9 | 3 | 4 |" in text and "at most 3.2" in text
+    assert "| **u2a_fast, reverse** | 3.00 (2.90 to 3.20) | 2.50 |" in text and "* other (thing 1.0): it broke" in text
     assert text.count(tables.EMPTY) == 1, "only the GPU has no rows"
     with pytest.raises(ValueError, match="expected a table out of"):
         tables.render("<!-- table: other -->\n<!-- /table -->", [])
+
+
+def _peer_rows() -> list[dict[str, Any]]:
+    common = {"workload": "tiny", "parameters": 1000, "package": None, "error": None, "judged_examples": 9}
+    timed = {
+        "examples_per_second": 2.0,
+        "units": [2.9, 3.0, 3.2],
+        "cpu_units": [2.0, 2.5, 3.0],
+        "peak_mib": 5.0,
+        "lines": 4,
+    }
+    agreement = {"truth": "all", "relative_error": 1e-6, "pearson": {"all": 1.0}, "spearman": {"all": 1.0}}
+    return [
+        common | timed | {"label": "forward pass"},
+        common | timed | agreement | {"label": "u2a_fast, reverse"},
+        common | {"label": "other", "package": "thing==1.0", "error": "it broke"},
+    ]
 
 
 def _mib() -> dict[str, float]:

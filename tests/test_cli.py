@@ -88,6 +88,17 @@ def test_score_writes_everything(home, tmp_path):
     assert str(home / "model" / "model.safetensors") in record["inputs_sha256"]
 
 
+def test_score_in_an_approximate_mode_says_so(home, tmp_path):
+    options = ("--no-signal-check", "--json", "--mode", "lowrank", "--rank", 2)
+    printed = json.loads(run(*scoring(home, tmp_path / "out", *options)).stdout)
+    assert printed["scoring"]["mode"] == "lowrank" and 0 < printed["scoring"]["energy"] < 1
+    assert not read_scores(tmp_path / "out")["exact"].any()
+    outcome = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["result"]
+    assert outcome["scoring"] == printed["scoring"] and outcome["energy_by_parameter"]
+    layers = ("--no-signal-check", "--mode", "layers", "--fraction", 0.5)
+    assert "scoring share: " in run(*scoring(home, tmp_path / "layers", *layers)).stdout
+
+
 def test_score_agrees_with_the_python_api(home, tmp_path):
     from u2a_fast import DPO, InfluenceScorer
     from u2a_fast.data import read_negatives, read_preferences

@@ -58,7 +58,7 @@ def test_nonfinite_scores_are_kept_and_counted(tmp_path):
     np.testing.assert_array_equal(scores["score"], expected.score)
     assert summary.rows == 25 and summary.nonfinite == expected.nonfinite == 7
     assert summary.nonfinite_ids == ("n3", "n5", "n10", "n12", "n17", "n19", "n24")
-    assert pq.read_schema(summary.path).types == [pa.string(), pa.float64(), pa.float64(), pa.int64()]
+    assert pq.read_schema(summary.path).types == [pa.string(), pa.float64(), pa.float64(), pa.int64(), pa.bool_()]
 
 
 def test_progress_counts_what_an_earlier_run_did(tmp_path):

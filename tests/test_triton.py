@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,10 +61,26 @@ def _case(op: str, dtype: torch.dtype = torch.float32, **sizes: int) -> testing.
     if not op.startswith("linear"):
         options["lengths"] = (3, 0, 20, sizes["N"] - 23)
         sizes["B"] = 4
+    if op.startswith("attention"):
+        options |= {"parent": (-1, -1, -1, 2), "window": 30, "softcap": 5.0}
     return testing.Case(op, sizes, dtype, **options)
 
 
+HEADS = {"H": 4, "G": 2, "E": 20, "F": 36}
+
+
+def _no_copy(contiguous: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def method(x: Tensor) -> Tensor:
+        assert x.dim() < 3 or x.is_contiguous()
+        return contiguous(x)
+
+    return method
+
+
 SMALL = {
+    "attention": _case("attention", N=40, **HEADS),
+    "attention_backward": _case("attention_backward", N=40, **HEADS),
+    "attention_jvp": _case("attention_jvp", N=40, **HEADS, K=2),
     "ghost_dot": _case("ghost_dot", N=40, I=20, O=36, K=2),
     "ghost_dot_lowrank": _case("ghost_dot_lowrank", N=40, I=20, O=36, K=2, R=19),
     "ghost_norm": _case("ghost_norm", N=40, I=20, O=36),
@@ -109,7 +126,7 @@ def test_same_bits_twice(op: str, run: Run, device: str) -> None:
 
 
 def _redtype(case: testing.Case, dtype: torch.dtype) -> testing.Case:
-    return testing.Case(case.op, case.sizes, dtype, case.lengths, case.bias, case.softcap, case.tangents, case.scale)
+    return replace(case, dtype=dtype)
 
 
 def _strided(x: Tensor) -> Tensor:
@@ -148,6 +165,36 @@ def test_an_example_does_not_depend_on_its_batch(run: Run, device: str) -> None:
         alone = {"a": arguments["a"][begin:end], "g": arguments["g"][begin:end], "v": arguments["v"]}
         cu_seqlens = torch.tensor([0, end - begin], dtype=torch.int32, device=device)
         assert _same_bits(run("ghost_dot", cu_seqlens=cu_seqlens, **alone), (together[:, i : i + 1],))
+
+
+@pytest.mark.parametrize("op", ["attention", "attention_backward", "attention_jvp"])
+def test_a_sequence_does_not_depend_on_its_batch(op: str, run: Run, device: str) -> None:
+    """A prompt and its answers, between two neighbors and alone."""
+    sizes = {"N": 170, "B": 5, **HEADS} | ({"K": 1} if op == "attention_jvp" else {})
+    options: dict[str, Any] = {"lengths": (37, 20, 60, 33, 20), "parent": (-1, -1, 1, 1, -1)}
+    case = testing.Case(op, sizes, window=70, softcap=5.0, **options)
+    arguments = testing.inputs(case, device)
+
+    def own(x: Tensor) -> Tensor:
+        return x[..., 37:150, :, :] if x.dim() > 2 else x[37:150]
+
+    part = {name: own(x) if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in arguments.items()}
+    part["cu_seqlens"] = torch.tensor([0, 20, 80, 113], dtype=torch.int32, device=device)
+    part["parent"] = torch.tensor([-1, 0, 0], dtype=torch.int32, device=device)
+    assert _same_bits(run(op, **part), tuple(own(x) for x in run(op, **arguments)))
+
+
+@pytest.mark.parametrize("op", ["attention", "attention_backward", "attention_jvp"])
+def test_heads_before_tokens_are_read_in_place(op: str, run: Run, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = testing.inputs(SMALL[op], device)
+
+    def heads_first(x: Tensor) -> Tensor:
+        return x.transpose(-3, -2).contiguous().transpose(-3, -2)
+
+    views = {k: heads_first(x) if isinstance(x, Tensor) and x.dim() > 2 else x for k, x in arguments.items()}
+    wanted = run(op, **arguments)
+    monkeypatch.setattr(Tensor, "contiguous", _no_copy(Tensor.contiguous))
+    assert _same_bits(run(op, **views), wanted)
 
 
 @pytest.mark.parametrize("op", ["linear_logprob", "linear_logprob_jvp"])

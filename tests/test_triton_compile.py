@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 SHARED_MEMORY = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 FAMILIES = tuple(SHARED_MEMORY)
 MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
-MODULES = (
-    "_tile",
-    "ghost_dot",
-    "ghost_dot_lowrank",
-    "ghost_norm",
-    "grad_project",
-    "grad_sketch",
-    "linear_logprob",
-    "linear_logprob_backward",
-    "linear_logprob_jvp",
-)
+ATTENTION = ("attention", "attention_backward", "attention_jvp")
+HEAD = ("linear_logprob", "linear_logprob_backward", "linear_logprob_jvp")
+GRADIENTS = ("ghost_dot", "ghost_dot_lowrank", "ghost_norm", "grad_project", "grad_sketch")
+MODULES = ("_attention", *ATTENTION, "_tile", *GRADIENTS, *HEAD)
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -110,6 +104,18 @@ def _call_head(modules: dict[str, Any], dtype: torch.dtype, n: int, v: int, k: i
     modules["linear_logprob_jvp"].linear_logprob_jvp(h, weight, target, zeros(k, n, d), dweight, bias, dbias, softcap)
 
 
+def _call_attention(modules: dict[str, Any], dtype: torch.dtype, width: int, full: bool) -> None:
+    """``full``: segments that continue others, a window and a softcap; else none."""
+    n, heads, groups = 1199, 8, 2
+    zeros = partial(torch.zeros, dtype=dtype)
+    q, k, v = zeros(n, heads, width), zeros(n, groups, width), zeros(n, groups, width)
+    cu_seqlens, parent = torch.tensor([0, 500, n], dtype=torch.int32), torch.tensor([-1, 0], dtype=torch.int32)
+    options: tuple[Any, ...] = (cu_seqlens, parent, 0.1, 300, 5.0) if full else (cu_seqlens, None, 0.1, 0, 0.0)
+    modules["attention"].attention(q, k, v, *options)
+    modules["attention_backward"].attention_backward(q, q, k, v, q, torch.zeros(n, heads), *options)
+    modules["attention_jvp"].attention_jvp(q, k, v, *(torch.stack([x, x]) for x in (q, k, v)), *options)
+
+
 def record(family: str) -> tuple[Recorder, list[str]]:
     """The launches on a device of ``family``, and the configurations of its tables that no launch used."""
     modules = {name: importlib.import_module(f"u2a_fast.kernels.{name}") for name in MODULES}
@@ -124,6 +130,9 @@ def record(family: str) -> tuple[Recorder, list[str]]:
         _call_head(modules, dtype, n=1199, v=129, k=3, full=True)
     for dtype in (torch.float32, torch.bfloat16):
         _call_head(modules, dtype, n=1199, v=128, k=1, full=False)
+        for width in (64, 128, 256):
+            _call_attention(modules, dtype, width, full=True)
+    _call_attention(modules, torch.bfloat16, 128, full=False)
     unused = [
         f"{name}.{table}[{key}]"
         for name, module in modules.items()
@@ -155,8 +164,14 @@ def compile_launches(family: str) -> Iterator[dict[str, Any]]:
             "config": launch["config"],
             "shared": compiled.metadata.shared,
             "spills": _spills(family, assembly, log.getvalue()),
-            "matrix_unit": MATRIX_INSTRUCTION[family] in assembly,
+            "matrix_unit": _on_matrix_unit(family, launch["config"], assembly),
         }
+
+
+def _on_matrix_unit(family: str, config: dict[str, int], assembly: str) -> bool:
+    # Hopper's and Blackwell's own instructions take 64 rows or more; tiles of 32 by 32 use those of their predecessors.
+    small = family in ("sm_90", "sm_100") and config.get("BLOCK_M") == config.get("BLOCK_N") == 32
+    return (MATRIX_INSTRUCTION["sm_80"] if small else MATRIX_INSTRUCTION[family]) in assembly
 
 
 def _spills(family: str, assembly: str, log: str) -> list[int]:
@@ -178,17 +193,21 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     # ptxas reports at a compile only, so the cache starts empty.
     environment |= {"TRITON_DUMP_PTXAS_LOG": "1", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    command = [sys.executable, str(Path(__file__))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    results = [json.loads(line) for line in done.stdout.splitlines()]
-    return {family: [r for r in results if r["family"] == family] for family in FAMILIES}
+
+    def compile_in_process(family: str) -> list[dict[str, Any]]:
+        command = [sys.executable, str(Path(__file__)), family]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    with ThreadPoolExecutor(min(len(FAMILIES), os.cpu_count() or 1)) as threads:
+        return dict(zip(FAMILIES, threads.map(compile_in_process, FAMILIES), strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_configuration_is_launched(family: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
     assert [r["unused"] for r in compiled[family] if "unused" in r] == []
-    assert len({r["kernel"] for r in compiled[family] if "kernel" in r}) == 15
+    assert len({r["kernel"] for r in compiled[family] if "kernel" in r}) == 19
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -208,6 +227,5 @@ def test_16_bit_products_run_on_the_matrix_unit(family: str, compiled: dict[str,
 
 
 if __name__ == "__main__":
-    for family in FAMILIES:
-        for result in compile_launches(family):
-            print(json.dumps({"family": family, **result}), flush=True)
+    for result in compile_launches(sys.argv[1]):
+        print(json.dumps(result), flush=True)

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import linear
 
-from u2a_fast import reference
+from u2a_fast.bench import attention
 from u2a_fast.sketch import sketch_map
 from u2a_fast.testing import TIMING_CASES, Case
 
@@ -57,6 +56,11 @@ def _cuda_cases() -> tuple[Case, ...]:
             cases.append(Case("attention", sizes, dtype, segments))
             cases.append(Case("attention_backward", sizes, dtype, segments))
             cases.append(Case("attention_jvp", {**sizes, "K": 1}, dtype, segments))
+    # The reference's pairs of all heads, in float64 on the CPU, make these the costliest to gate: last.
+    for heads, groups, e, tokens in ((16, 4, 128, 2048), (4, 1, 64, 8192), (4, 1, 128, 8192)):
+        sizes = {"N": tokens, "B": 1, "H": heads, "G": groups, "E": e, "F": e}
+        cases.append(Case("attention", sizes, torch.bfloat16, (tokens,)))
+        cases.append(Case("attention_jvp", {**sizes, "K": 1}, torch.bfloat16, (tokens,)))
     return tuple(cases)
 
 
@@ -139,44 +143,11 @@ def _linear_logprob_jvp(
     return outputs[0], tangents[0]
 
 
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    parent: Tensor | None,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> Tensor:
-    assert not softcap, "the timing cases have no cap"
-    visible = reference._visible(cu_seqlens, parent, window, q.shape[0])
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)[0].transpose(0, 1)
-
-
-def _attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **options: Any
-) -> tuple[Tensor, ...]:
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    return torch.autograd.grad(_attention(q, k, v, **options), (q, k, v), grad)
-
-
-def _attention_jvp(
-    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, **options: Any
-) -> tuple[Tensor, Tensor]:
-    with sdpa_kernel(SDPBackend.MATH):  # the fused ones have no forward mode
-        out, tangent = torch.func.jvp(lambda q, k, v: _attention(q, k, v, **options), (q, k, v), (dq[0], dk[0], dv[0]))[
-            :2
-        ]
-    return out, tangent
-
-
 # What one would write in plain PyTorch, in the inputs' precision: logits and per-example gradients are materialized.
 COMPOSITIONS: dict[str, Callable[..., Any]] = {
-    "attention": _attention,
-    "attention_backward": _attention_backward,
-    "attention_jvp": _attention_jvp,
+    "attention": attention.attention,
+    "attention_backward": attention.attention_backward,
+    "attention_jvp": attention.attention_jvp,
     "ghost_dot": _ghost_dot,
     "ghost_dot_lowrank": _ghost_dot_lowrank,
     "ghost_norm": _ghost_norm,

@@ -73,7 +73,7 @@ def command(argv: list[str]) -> str:
     program = Path(argv[0]).resolve()
     name = program.name
     if program.suffix == ".py" and ROOT in program.parents:
-        name = "python -m " + ".".join(program.relative_to(ROOT).with_suffix("").parts)
+        name = "python -m " + ".".join(program.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
     return " ".join([name, *(Path(word).name if Path(word).is_absolute() else word for word in argv[1:])])
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from u2a_fast.cli.options import ObjectiveKind
+from u2a_fast.cli.options import ObjectiveKind, plain
 from u2a_fast.cli.session import column_map
 from u2a_fast.data import Negatives, Rows, read_negatives, read_positives, read_preferences, read_rewards
 from u2a_fast.influence.objectives import DPO, SFT, Objective, Reward
@@ -108,6 +108,7 @@ def make_scorer(
         damping=options["damping"],
         token_budget=options["token_budget"],
         dtype=None if dtype == "auto" else getattr(torch, dtype),
+        **{name: plain(options[name]) for name in ("mode", "rank", "fraction") if name in options},
     )
 
 

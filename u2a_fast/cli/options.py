@@ -56,6 +56,16 @@ class BadRowPolicy(StrEnum):
     skip = "skip"
 
 
+class ModeKind(StrEnum):
+    """How negatives are scored; auto is exact."""
+
+    auto = "auto"
+    forward = "forward"
+    reverse = "reverse"
+    lowrank = "lowrank"
+    layers = "layers"
+
+
 class DtypeKind(StrEnum):
     """Floating-point formats; auto is the checkpoint's own."""
 

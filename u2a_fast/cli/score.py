@@ -24,7 +24,7 @@ from u2a_fast.cli.session import (
 from u2a_fast.cli.signal import check_signal
 from u2a_fast.data import Negatives, Rows
 from u2a_fast.influence.derivatives import resolve_token_budget
-from u2a_fast.influence.scorer import InfluenceScorer
+from u2a_fast.influence.scorer import InfluenceScorer, ScoringReport
 from u2a_fast.manifest import RunRecord
 from u2a_fast.models.loading import load_model, model_files, resolve_device
 from u2a_fast.store import ScoreSummary, check_target, score_to_parquet, sha256_of_files
@@ -35,6 +35,9 @@ NOT_IN_FINGERPRINT = {"out", "signal_check"}
 
 SCORING: o.Group = {
     "dtype": (o.option(o.DtypeKind, "Precision of the scoring passes."), o.DtypeKind.auto),
+    "mode": (o.option(o.ModeKind, "auto, forward, reverse: exact. lowrank, layers: approximate."), o.ModeKind.auto),
+    "rank": (o.option(int, "Singular vectors kept of a matrix, for lowrank.", min=1), 16),
+    "fraction": (o.option(float | None, "Cost beyond a forward pass that layers may spend; default 0.5."), None),
     "window": (o.option(int, "Negatives between two checkpoints.", min=1), 2048),
 }
 
@@ -75,6 +78,8 @@ def score(context: typer.Context) -> None:
     write_skipped(out, rows, negatives)
     result = _result(summary, rows, negatives)
     full = result | ({"signal": signal} if signal else {})
+    if summary.report and summary.report.energy_by_parameter:
+        full["energy_by_parameter"] = dict(summary.report.energy_by_parameter)
     record.finish(full)
     _warn_of_nonfinite(summary)
     show_result(full if p["json_output"] else result, as_json=p["json_output"])
@@ -109,7 +114,14 @@ def _result(summary: ScoreSummary, rows: Rows, negatives: Negatives) -> dict[str
         "skipped": rows.report.bad_count + negatives.report.bad_count,
         "truncated": rows.report.truncated + negatives.report.truncated,
         "resumed_rows": summary.resumed_rows,
+        **({"scoring": _of_the_run(summary.report)} if summary.report else {}),
     }
+
+
+def _of_the_run(report: ScoringReport) -> dict[str, Any]:
+    """What holds of the whole run, not of its last window, in a few lines."""
+    left_out = ("rows", "rescored", "energy_by_parameter")
+    return {name: value for name, value in report.to_dict().items() if name not in left_out}
 
 
 def _warn_of_nonfinite(summary: ScoreSummary) -> None:

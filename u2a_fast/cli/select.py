@@ -30,7 +30,7 @@ def select(context: typer.Context) -> None:
     """Choose negatives by their scores and weigh them; weights have mean 1."""
     p, out = context.params, context.params["out"]
     refuse_existing(context, RESULTS)
-    scores = Scores(**read_scores(p["scores"]))
+    scores = Scores.from_columns(read_scores(p["scores"]))
     chosen = choose(scores, **selection_settings(p))
     file = p["scores"] / "scores.parquet" if p["scores"].is_dir() else p["scores"]
     claim_folder(context, RESULTS)

@@ -126,7 +126,7 @@ def _main_job(lab: Lab, settings: Settings, out: Path, log: _Log) -> float:
         write_text(out / "score" / "skipped.jsonl", "")
         result |= {"rows": written.rows, "nonfinite": written.nonfinite}
     log(f"signal check: cosine of gradient halves {signal.cosine:.3f}, Spearman of their scores {signal.spearman:.3f}")
-    scores = Scores(**read_scores(out / "score"))
+    scores = Scores.from_columns(read_scores(out / "score"))
     selection = choose(scores, settings)
     with _recorded("select", lab, out / "select", strategy="top-k", k=len(selection), weights="eg"):
         write_selection(out / "select" / "selection.parquet", selection)

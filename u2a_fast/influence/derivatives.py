@@ -5,23 +5,26 @@ and one ``ghost_dot`` a layer; K directions cost K contractions and share both p
 at any time.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from u2a_fast import ops
 from u2a_fast.data.packing import Example, Packed, batched
+from u2a_fast.influence.lowrank import Approximation
 from u2a_fast.models.capture import Capture
-from u2a_fast.models.decoder import Decoder, check_packing, check_reduction, reduce_tokens
+from u2a_fast.models.decoder import Decoder, check_packing, check_reduction, reduce_tokens, segment_sum
+from u2a_fast.models.low_rank import LowRankHead
 from u2a_fast.models.norms import short_rms_norms
 from u2a_fast.models.parameters import evaluation_mode
 
-__all__ = ["DerivativeBatch", "DerivativePass", "Direction", "cast_parameters", "stack_directions"]
+__all__ = ["Approximate", "DerivativeBatch", "DerivativePass", "Direction", "cast_parameters", "stack_directions"]
 
 Direction = Mapping[str, Tensor]
+Approximate = Callable[[Decoder, dict[str, Tensor]], Approximation]
 
 
 def resolve_token_budget(given: int | None, device: torch.device) -> int:
@@ -65,11 +68,21 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class DerivativeBatch:
-    """derivatives (K, B), nll (B) and scored tokens (B) of B examples; both in nats (per token for ``"mean"``)."""
+    """K derivatives of B examples; all in nats (per token for ``"mean"``).
+
+    Attributes:
+        derivatives: (K, B).
+        nll: (B), tokens: (B) scored tokens.
+        parts: every module's share of the derivatives, (K, B) float64 by its path, in the order of their calls (of the
+            reverse route).
+        bound: (K, B), how far the exact derivatives may be from these at most; None where nothing was bounded.
+    """
 
     derivatives: Tensor
     nll: Tensor
     tokens: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    bound: Tensor | None = None
 
 
 class DerivativePass:
@@ -80,6 +93,8 @@ class DerivativePass:
         directions: K mappings from parameter names to tensors of the parameters' shapes, absent names meaning zero.
         reduction: NLL_i is the ``"sum"`` or the ``"mean"`` over example i's scored tokens.
         dtype: run the model and the contractions in this precision (accumulation stays float32); None: as the model is.
+        approximate: what stands for the directions (K, *shape) by name (``lowrank.truncate``, ``layers.keep_layers``);
+            None: they themselves.
 
     Raises:
         NotImplementedError: a module that holds a selected parameter, or the way the model mixes tokens, is not
@@ -93,6 +108,7 @@ class DerivativePass:
         *,
         reduction: str = "mean",
         dtype: torch.dtype | None = None,
+        approximate: Approximate | None = None,
     ) -> None:
         check_reduction(reduction)
         self.model, self.reduction, self.dtype = model, reduction, dtype
@@ -104,9 +120,13 @@ class DerivativePass:
         head = self.decoder.head
         self._dweight = stacked.get(names[id(head.weight)]) if head else None
         self._dbias = stacked.get(names[id(head.bias)]) if head and head.bias is not None else None
+        self.approximation = approximate(self.decoder, stacked) if approximate else Approximation(stacked)
+        self._low_rank_head = None
+        if head and self.approximation.head:
+            self._low_rank_head = LowRankHead(head, self.approximation.head, self._dbias)
         with evaluation_mode(model):
             check_packing(self.decoder)
-            self.capture = Capture(self.decoder, stacked)
+            self.capture = Capture(self.decoder, self.approximation.kept, self.approximation.factors)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -122,53 +142,69 @@ class DerivativePass:
     def __call__(self, examples: Sequence[Example]) -> DerivativeBatch:
         """One batch, which must fit in memory; call inside ``running``."""
         packed = self.decoder.pack(examples)
-        counts = torch.tensor(packed.scored, dtype=torch.float64).repeat_interleave(torch.tensor(packed.scored))
-        weights = (-torch.ones_like(counts) if self.reduction == "sum" else -1 / counts).to(self.decoder.device)
-        with self.capture.hooked(packed):
-            h = self.decoder.hidden(packed)
-            if self.decoder.head is None:
-                logp, head_rows = self._through_module(h, packed, weights)
-            else:
-                logp, head_rows = self._through_head(h, packed, weights)
+        logp, head_part = self.propagate(packed, self.capture)
         with torch.no_grad():
             nll = -reduce_tokens(logp.detach()[None], packed, self.reduction)[0]
-            total = self.capture.result()
+            parts = self.capture.parts()
+            if head_part is not None:
+                parts[self.decoder.head_path] = head_part.double()
+            total = torch.zeros(2 * self.count, len(examples), dtype=torch.float64, device=nll.device)
+            for part in parts.values():
+                total[: len(part)] += part
             out_dtype = torch.float64 if self.double else torch.float32
-            zero = torch.zeros(self.count, len(examples), dtype=torch.float64, device=nll.device)
-            total = zero if total is None else total
-            if head_rows is not None:
-                total = total - reduce_tokens(head_rows, packed, self.reduction)
-            return DerivativeBatch(total.to(out_dtype), nll, torch.tensor(packed.scored))
+            return DerivativeBatch(
+                total[: self.count].to(out_dtype),
+                nll,
+                torch.tensor(packed.scored),
+                {path: part[: self.count] for path, part in parts.items()},
+                total[self.count :] if self.approximation.bounded else None,
+            )
 
-    def _through_module(self, h: Tensor, packed: Packed, weights: Tensor) -> tuple[Tensor, None]:
-        with self.capture.over(packed.cu_targets):
+    def propagate(self, packed: Packed, capture: Capture) -> tuple[Tensor, Tensor | None]:
+        """Forward and backward of one batch, seen by ``capture``: log-probabilities (M), the head's own part (K, B)."""
+        counts = torch.tensor(packed.scored, dtype=torch.float64).repeat_interleave(torch.tensor(packed.scored))
+        weights = (-torch.ones_like(counts) if self.reduction == "sum" else -1 / counts).to(self.decoder.device)
+        with capture.hooked(packed):
+            h = self.decoder.hidden(packed)
+            if self.decoder.head is None:
+                return self._through_module(h, packed, weights, capture), None
+            return self._through_head(h, packed, weights)
+
+    def _through_module(self, h: Tensor, packed: Packed, weights: Tensor, capture: Capture) -> Tensor:
+        with capture.over(packed.cu_targets):
             logp = self.decoder.materialized_logprobs(h[packed.rows], packed.target)
         if logp.requires_grad:
             logp.backward(weights.to(logp.dtype))
-        return logp, None
+        return logp
 
     def _through_head(self, h: Tensor, packed: Packed, weights: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities (M) and the head's own part of d logp / d direction (K, M); backward into the decoder."""
+        """Log-probabilities (M) and the head's own part of d NLL / d direction (K, B); backward into the decoder."""
         head = self.decoder.head
         assert head is not None
+        part = None
         with torch.no_grad():
             rows = h[packed.rows] * head.scale if head.scale != 1.0 else h[packed.rows]
-            own, jvp = (rows, head.weight, packed.target), None
-            if self._dweight is None and self._dbias is None:
+            own = (rows, head.weight, packed.target)
+            if (self._dweight is None and self._dbias is None) or self._low_rank_head:
                 logp, lse = ops.linear_logprob(*own, head.bias, head.softcap)
             else:
                 dweight = self._dweight.to(rows.dtype) if self._dweight is not None else self._zero_dweight(head.weight)
                 dbias = self._dbias.to(rows.dtype) if self._dbias is not None else None
                 logp, lse, jvp = ops.linear_logprob_jvp(*own, None, dweight, head.bias, dbias, head.softcap)
-            if h.requires_grad:
-                upstream = weights.to(logp.dtype)
+                part = -reduce_tokens(jvp, packed, self.reduction)
+            upstream, dh = weights.to(logp.dtype), None
+            if self._low_rank_head:
+                dh, own_rows = self._low_rank_head.backward(upstream, rows, packed.target, lse)
+                part = segment_sum(own_rows, packed.cu_targets)
+            elif h.requires_grad:
                 dh, _, _ = torch.ops.u2a_fast.linear_logprob_backward(
                     upstream, torch.zeros_like(upstream), *own, lse, head.bias, head.softcap, True, False
                 )
+            if dh is not None and h.requires_grad:
                 grad = torch.zeros_like(h).index_copy_(0, packed.rows, (dh * head.scale).to(h.dtype))
         if h.requires_grad:
             h.backward(grad)
-        return logp, jvp
+        return logp, part
 
     def _zero_dweight(self, weight: Tensor) -> Tensor:
         return torch.zeros(self.count, *weight.shape, dtype=weight.dtype, device=weight.device)

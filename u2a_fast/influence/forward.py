@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from u2a_fast import ops
-from u2a_fast.data.packing import Example, Packed
+from u2a_fast.data.packing import Example, Packed, batched
 from u2a_fast.data.sharing import shared_batches
 from u2a_fast.influence.derivatives import DerivativeBatch, Direction, cast_parameters, stack_directions
 from u2a_fast.models.decoder import Decoder, check_packing, check_reduction, probe_examples, reduce_tokens
@@ -30,6 +30,7 @@ class ForwardPass:
         directions: K mappings from parameter names to tensors of the parameters' shapes, absent names meaning zero.
         reduction: NLL_i is the ``"sum"`` or the ``"mean"`` over example i's scored tokens.
         dtype: run the model and its tangents in this precision; None: as the model is.
+        share_prompts: run a prompt that several examples of a batch begin with once.
 
     Raises:
         NotImplementedError: an operation of the model has no forward-mode derivative, or the way the model mixes tokens
@@ -43,9 +44,10 @@ class ForwardPass:
         *,
         reduction: str = "mean",
         dtype: torch.dtype | None = None,
+        share_prompts: bool = True,
     ) -> None:
         check_reduction(reduction)
-        self.model, self.reduction, self.dtype = model, reduction, dtype
+        self.model, self.reduction, self.dtype, self.share_prompts = model, reduction, dtype, share_prompts
         self.decoder = Decoder(model)
         stacked = stack_directions(model, directions)
         self.count = len(directions)
@@ -73,8 +75,8 @@ class ForwardPass:
             ) from error
 
     def batches(self, examples: Sequence[Example], token_budget: int) -> list[tuple[list[int], list[Example]]]:
-        """(positions, examples) of every batch; a prompt that several examples share counts once."""
-        return shared_batches(examples, token_budget)
+        """(positions, examples) of every batch; a shared prompt counts once."""
+        return (shared_batches if self.share_prompts else batched)(examples, token_budget)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -85,7 +87,7 @@ class ForwardPass:
 
     def __call__(self, examples: Sequence[Example]) -> DerivativeBatch:
         """One batch, which must fit in memory; call inside ``running``."""
-        packed = self.decoder.pack(examples, shared=True)
+        packed = self.decoder.pack(examples, shared=self.share_prompts)
         out_dtype = torch.float64 if self.double else torch.float32
         with torch.no_grad():
             rows = []

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from u2a_fast.data.packing import Example
 from u2a_fast.influence.derivatives import DerivativeBatch, DerivativePass, Direction, resolve_token_budget
 from u2a_fast.influence.forward import ForwardPass
+from u2a_fast.influence.lowrank import check_rank, truncate
 from u2a_fast.models.decoder import Decoder
 
 __all__ = ["MODES", "Choice", "Pass", "directional_derivatives", "make_pass", "run_batches"]
 
-MODES = ("auto", "forward", "reverse")
+MODES = ("auto", "forward", "reverse", "lowrank")
 
 
 class Pass(Protocol):
@@ -46,10 +48,11 @@ def make_pass(
     directions: Sequence[Direction],
     *,
     mode: str = "auto",
+    rank: int = 16,
     reduction: str = "mean",
     dtype: torch.dtype | None = None,
 ) -> tuple[Pass, Choice]:
-    """Prepare directions for the route named, or for the cheapest one that the model allows.
+    """Prepare directions for the route named, or for the cheapest exact one that the model allows.
 
     Raises:
         ValueError: an option is wrong.
@@ -60,14 +63,18 @@ def make_pass(
     count = len(directions)
     if mode == "reverse":
         return DerivativePass(model, directions, reduction=reduction, dtype=dtype), Choice(mode, "asked for")
+    if mode == "lowrank":
+        approximate = partial(truncate, ranks=check_rank(rank))
+        passes = DerivativePass(model, directions, reduction=reduction, dtype=dtype, approximate=approximate)
+        return passes, Choice(mode, f"asked for: rank {rank}")
     if mode == "forward":
         return ForwardPass(model, directions, reduction=reduction, dtype=dtype), Choice(mode, "asked for")
     if count != 1:
         reason = f"{count} directions share one backward pass"
     else:
         try:
-            passes = ForwardPass(model, directions, reduction=reduction, dtype=dtype)
-            return passes, Choice("forward", "one direction: nothing is kept, shared prompts run once")
+            forward = ForwardPass(model, directions, reduction=reduction, dtype=dtype)
+            return forward, Choice("forward", "one direction: nothing is kept, shared prompts run once")
         except NotImplementedError as error:
             reason = str(error)
     return DerivativePass(model, directions, reduction=reduction, dtype=dtype), Choice("reverse", reason)
@@ -114,10 +121,11 @@ def directional_derivatives(
     *,
     reduction: str = "mean",
     mode: str = "auto",
+    rank: int = 16,
     token_budget: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """<direction, grad NLL_i> for every example i, exactly, without forming a per-example gradient.
+    """<direction, grad NLL_i> for every example i, exactly by default, without forming a per-example gradient.
 
     Args:
         model: a transformers causal LM or a PEFT model around one. It is left as it was found.
@@ -128,7 +136,8 @@ def directional_derivatives(
         reduction: NLL_i in nats is the ``"mean"`` or the ``"sum"`` over example i's scored tokens.
         mode: ``"forward"`` (tangents beside values, nothing kept, shared prompts once), ``"reverse"`` (forward,
             activation-only backward, one contraction a layer), or ``"auto"``: forward for one direction where the model
-            allows it, else reverse.
+            allows it, else reverse. ``"lowrank"`` is approximate: reverse, every matrix of the direction truncated.
+        rank: singular vectors that ``"lowrank"`` keeps of a matrix.
         token_budget: most tokens a batch (an example longer than that goes alone); None: 2048 on CPU, 16384 on CUDA.
         dtype: precision of the model's passes; accumulation is float32 whatever it is. None: the model's own.
 
@@ -142,7 +151,7 @@ def directional_derivatives(
     directions = [direction] if isinstance(direction, Mapping) else list(direction)
     if torch.is_inference_mode_enabled():
         raise RuntimeError("[directional_derivatives] expected to be called outside of torch.inference_mode()")
-    passes, _ = make_pass(model, directions, mode=mode, reduction=reduction, dtype=dtype)
+    passes, _ = make_pass(model, directions, mode=mode, rank=rank, reduction=reduction, dtype=dtype)
     budget = resolve_token_budget(token_budget, passes.decoder.device)
     out_dtype = torch.float64 if passes.double else torch.float32
     out = torch.empty(passes.count, len(examples), dtype=out_dtype, device=passes.decoder.device)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -12,41 +11,18 @@ from torch import Tensor, nn
 
 from u2a_fast.curvature.diagonal import Curvature, DiagonalFisher, Identity
 from u2a_fast.data.packing import Example
-from u2a_fast.influence.derivatives import resolve_token_budget
+from u2a_fast.influence.derivatives import Approximate, DerivativePass, resolve_token_budget
+from u2a_fast.influence.lowrank import check_rank
+from u2a_fast.influence.modes import EXACT_MODES, Run, check_mode, score, topk
 from u2a_fast.influence.objectives import Objective
-from u2a_fast.influence.routes import MODES, Choice, Pass, make_pass, run_batches
+from u2a_fast.influence.routes import Choice, Pass, make_pass
+from u2a_fast.influence.scores import Scores, ScoringReport
 from u2a_fast.losses import unlearning_slope
 from u2a_fast.models.parameters import selected_parameters
 
-__all__ = ["InfluenceScorer", "Scores"]
+__all__ = ["InfluenceScorer", "Scores", "ScoringReport"]
 
 _FISHER_SAMPLE = 256  # examples; the diagonal's relative error falls as 1/sqrt of it, and it costs 3 units each
-
-
-@dataclass(frozen=True)
-class Scores:
-    """One row a negative, in the order given.
-
-    Attributes:
-        id: the negative's own ``id``, else its position, as str.
-        score: s_i = -dL_PA/dw_i, gain in L_PA per unit of unlearning weight; positive: unlearning it helps. NaN stays
-            NaN.
-        nll: NLL_i in nats, reduced as the scorer reduces (per token for ``"mean"``).
-        tokens: scored tokens.
-    """
-
-    id: np.ndarray
-    score: np.ndarray
-    nll: np.ndarray
-    tokens: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.score)
-
-    @property
-    def nonfinite(self) -> int:
-        """How many scores or NLLs are NaN or infinite."""
-        return int((~np.isfinite(self.score) | ~np.isfinite(self.nll)).sum())
 
 
 class InfluenceScorer:
@@ -68,10 +44,15 @@ class InfluenceScorer:
         damping: mu over the mean of the curvature's diagonal (not used by ``"identity"``).
         token_budget: most tokens a batch; None: 2048 on CPU, 16384 on CUDA.
         dtype: precision of the scoring passes, e.g. ``torch.bfloat16``; the direction is solved in the model's own.
-        mode: the route, as ``directional_derivatives`` takes it.
+        mode: ``"auto"``, ``"forward"`` and ``"reverse"`` are exact, routes as ``directional_derivatives`` takes them.
+            ``"lowrank"`` truncates the direction, ``"shortlist"`` scores exactly those that a low-rank pass ranks best,
+            ``"layers"`` counts the blocks that matter most; what that loses stands in the scores' ``report``.
+        rank: singular vectors that ``"lowrank"`` and ``"shortlist"`` keep of a matrix.
+        fraction: of the negatives that ``"shortlist"`` scores exactly (default 0.1), or of the cost beyond a forward
+            pass that ``"layers"`` may spend (default 0.5).
 
     Attributes:
-        choice: the route that ``score`` took and why; None before the first call.
+        choice: the exact route that was taken last and why; None before.
     """
 
     def __init__(
@@ -89,9 +70,11 @@ class InfluenceScorer:
         token_budget: int | None = None,
         dtype: torch.dtype | None = None,
         mode: str = "auto",
+        rank: int = 16,
+        fraction: float | None = None,
     ) -> None:
-        if mode not in MODES:
-            raise ValueError(f"[InfluenceScorer] expected mode to be one of {list(MODES)}, got {mode!r}")
+        check_mode(mode, fraction)
+        check_rank(rank)
         if isinstance(curvature, str) and curvature not in ("identity", "fisher"):
             raise ValueError(
                 f'[InfluenceScorer] expected curvature "identity", "fisher" or an object, got {curvature!r}'
@@ -100,17 +83,19 @@ class InfluenceScorer:
         self.model, self.tokenizer, self.objective = model, tokenizer, objective
         self.names = list(selected_parameters(model, parameters))
         self.loss, self.npo_beta, self.reduction = loss, npo_beta, reduction
-        self.damping, self.dtype, self.mode = damping, dtype, mode
+        self.damping, self.dtype = damping, dtype
+        self.mode, self.rank, self.fraction = mode, rank, fraction
         self.token_budget = resolve_token_budget(token_budget, next(model.parameters()).device)
         self._curvature = curvature
         self._solver: Curvature | None = Identity() if curvature == "identity" else None
         self._direction: dict[str, Tensor] | None = None
-        self._pass: Pass | None = None
+        self._memo: dict[Any, Any] = {}
         self.choice: Choice | None = None
 
     def reset(self) -> None:
         """Forget the direction, after the model has changed; the objective's reference stays."""
-        self._direction = self._pass = None
+        self._direction = None
+        self._memo = {}
         if self._curvature == "fisher":
             self._solver = None
 
@@ -158,21 +143,71 @@ class InfluenceScorer:
         Returns:
             ``Scores`` in the order given; a score that is not finite is kept as it is and counted in ``nonfinite``.
         """
+        return score(self._run(negatives, nll_reference), self.mode, rank=self.rank, fraction=self.fraction)
+
+    def topk(
+        self,
+        negatives: Iterable[Example],
+        k: int,
+        *,
+        certified: bool = True,
+        rank: int | None = None,
+        nll_reference: Sequence[float] | None = None,
+    ) -> Scores:
+        """The k negatives of the highest exact scores, best first; NaN last, equal scores in the order given.
+
+        A low-rank pass over all gives each score within a bound that holds whatever the data (``models.low_rank``);
+        candidates are scored exactly in the order of their upper bounds until none that is left can reach the k-th.
+        The bound covers truncation and the rounding of the contractions; scores closer than the rounding of the
+        model's own passes may swap, as they may between any two runs that batch them differently.
+
+        Args:
+            negatives: as for ``score``.
+            k: how many, at least 1; all of them, sorted, where there are not more.
+            certified: False: no bound; the best 2k by low-rank score are scored exactly.
+            rank: of every matrix; None: planned by cost from a sample (16 without a certificate), which scores all
+                exactly where the bound is too loose to save anything.
+            nll_reference: as for ``score``.
+
+        Returns:
+            min(k, n) exact scores; ``report.rescored`` says how many took an exact pass.
+
+        Raises:
+            ValueError: k or rank is below 1, or a certificate is asked for in half precision.
+        """
+        if k < 1:
+            raise ValueError(f"[topk] expected k of at least 1, got {k}")
+        check_rank(rank or 1)
+        dtype = self.dtype or next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        if certified and dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"[topk] expected float32 or float64 for a certificate, got {dtype}: pass dtype=torch.float32 to the "
+                "scorer, or certified=False"
+            )
+        return topk(self._run(negatives, nll_reference), k, rank=rank, certified=certified)
+
+    def _run(self, negatives: Iterable[Example], nll_reference: Sequence[float] | None) -> Run:
         items = list(negatives)
         if self._curvature == "fisher" and self._solver is None:
             self.fit_curvature(list(islice(items, _FISHER_SAMPLE)))
-        if self._pass is None:
-            self._pass, self.choice = make_pass(
-                self.model, [self.direction()], mode=self.mode, reduction=self.reduction, dtype=self.dtype
+        reference = None if nll_reference is None else torch.as_tensor(nll_reference, dtype=torch.float64)
+
+        def slope(nll: Tensor, positions: np.ndarray) -> Tensor:
+            at_reference = nll if reference is None else reference[torch.from_numpy(positions)]
+            return unlearning_slope(self.loss, nll, at_reference, self.npo_beta)
+
+        return Run(items, self._exact_pass, self._reverse_pass, slope, self.token_budget, self._memo)
+
+    def _exact_pass(self) -> Pass:
+        if "exact" not in self._memo:
+            mode = self.mode if self.mode in EXACT_MODES else "auto"
+            self._memo["exact"] = make_pass(
+                self.model, [self.direction()], mode=mode, reduction=self.reduction, dtype=self.dtype
             )
-        derivative = torch.empty(len(items), dtype=torch.float64)
-        nll, tokens = torch.empty_like(derivative), torch.empty(len(items), dtype=torch.int64)
-        with self._pass.running():
-            for positions, out in run_batches(self._pass, items, self.token_budget):
-                derivative[positions] = out.derivatives[0].double().cpu()
-                nll[positions] = out.nll.double().cpu()
-                tokens[positions] = out.tokens
-        reference = nll if nll_reference is None else torch.as_tensor(nll_reference, dtype=torch.float64)
-        slope = unlearning_slope(self.loss, nll, reference, self.npo_beta)
-        ids = np.array([str(item.get("id", i)) for i, item in enumerate(items)], dtype=object)
-        return Scores(ids, (slope * derivative).numpy(), nll.numpy(), tokens.numpy())
+        passes, self.choice = self._memo["exact"]
+        return passes
+
+    def _reverse_pass(self, approximate: Approximate | None) -> DerivativePass:
+        return DerivativePass(
+            self.model, [self.direction()], reduction=self.reduction, dtype=self.dtype, approximate=approximate
+        )

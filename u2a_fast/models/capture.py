@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from u2a_fast.data.packing import Packed
-from u2a_fast.models.contractions import Site, contraction
+from u2a_fast.models.contractions import Factors, Site, contraction
 from u2a_fast.models.decoder import Decoder, probe_examples
 from u2a_fast.models.kinds import Kind, kind_of
 
@@ -28,14 +28,17 @@ class Capture:
         directions: parameter name (of ``decoder.model.named_parameters()``) -> (K, *shape). The head's own weight and
             bias are the caller's affair where ``decoder.head`` is not None (a tied embedding's use as an embedding is
             not).
+        factors: name of a linear layer's weight, not among the directions -> its factors.
 
     Raises:
         NotImplementedError: a direction touches a module of a kind that is not understood, or one that is never called.
     """
 
-    def __init__(self, decoder: Decoder, directions: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, decoder: Decoder, directions: Mapping[str, Tensor], factors: Mapping[str, Factors] | None = None
+    ) -> None:
         self.decoder = decoder
-        self.sites = _find_sites(decoder, directions)
+        self.sites = _find_sites(decoder, directions, factors or {})
         self._results: list[tuple[int, Tensor]] = []
         self._cu_seqlens: Tensor | None = None
         self._calls: dict[int, int] = {}
@@ -119,13 +122,15 @@ class Capture:
                 "never called as a module, so its gradient is not seen; leave it out of the selection"
             )
 
-    def result(self) -> Tensor | None:
-        """(K, B) summed over modules in a fixed order, float64; None where no module was reached."""
-        if not self._results:
-            return None
-        in_order = sorted(self._results, key=lambda item: item[0])
+    def parts(self) -> dict[str, Tensor]:
+        """Each module's contraction, (K, B) float64, by its path, in the order of the modules' first calls."""
+        found: dict[int, list[Tensor]] = {i: [] for i in self._calls}
+        for i, value in self._results:
+            found[i].append(value)
         self._results = []
-        return torch.stack([value for _, value in in_order]).sum(0, dtype=torch.float64)
+        return {
+            self.sites[i].path: torch.stack(values).sum(0, dtype=torch.float64) for i, values in found.items() if values
+        }
 
 
 def _check_unchanged(site: Site, own: Tensor, out: Tensor) -> None:
@@ -136,21 +141,19 @@ def _check_unchanged(site: Site, own: Tensor, out: Tensor) -> None:
         )
 
 
-def _find_sites(decoder: Decoder, directions: Mapping[str, Tensor]) -> list[Site]:
+def _find_sites(decoder: Decoder, directions: Mapping[str, Tensor], factors: Mapping[str, Factors]) -> list[Site]:
     name_of = {id(p): name for name, p in decoder.model.named_parameters()}
     sites, seen = [], set()
     for path, module in decoder.model.named_modules():
         if module is decoder.head_module and decoder.head is not None:
             seen |= {name_of[id(p)] for p in module.parameters(recurse=False)}
             continue
-        own = {
-            name: directions[name_of[id(p)]]
-            for name, p in module.named_parameters(recurse=False)
-            if name_of[id(p)] in directions
-        }
-        if not own:
+        names = {name: name_of[id(p)] for name, p in module.named_parameters(recurse=False)}
+        own = {name: directions[full] for name, full in names.items() if full in directions}
+        factored = factors.get(names.get("weight", ""))
+        if not own and factored is None:
             continue
-        seen |= {name_of[id(p)] for p in module.parameters(recurse=False)}
+        seen |= set(names.values())
         kind = kind_of(module)
         linear = kind in (Kind.LINEAR, Kind.CONV1D)
         unknown = set(own) - {"weight", "bias"} if linear else set()
@@ -162,7 +165,7 @@ def _find_sites(decoder: Decoder, directions: Mapping[str, Tensor]) -> list[Site
         padding = getattr(module, "padding_idx", None)
         if kind is Kind.EMBEDDING and padding is not None:
             own = {name: v.index_fill(1, torch.tensor([padding], device=v.device), 0) for name, v in own.items()}
-        sites.append(Site(path, module, kind, own))
-    if missed := sorted(set(directions) - seen):
+        sites.append(Site(path, module, kind, own, factored))
+    if missed := sorted({*directions, *factors} - seen):
         raise NotImplementedError(f"[capture] no module of the model holds the parameters {missed}")
     return sites

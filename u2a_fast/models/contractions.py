@@ -10,21 +10,25 @@ from torch import Tensor, nn
 from u2a_fast import ops
 from u2a_fast.models.decoder import segment_sum
 from u2a_fast.models.kinds import Kind
+from u2a_fast.models.low_rank import LowRank, Spectrum
 
-__all__ = ["Contraction", "Site", "contraction"]
+__all__ = ["Contraction", "Factors", "Site", "contraction"]
 
-Contraction = Callable[[Tensor, Tensor], Tensor]  # (output gradient, cu_seqlens) -> (K, B)
+Contraction = Callable[[Tensor, Tensor], Tensor]  # (output gradient, cu_seqlens) -> (K, B), more rows for factors
+Factors = LowRank | Spectrum
 
 
 @dataclass
 class Site:
-    """A module that holds parameters with a direction: name -> direction (K, *shape)."""
+    """A module that holds parameters with a direction: name -> direction (K, *shape), or factors of a weight's."""
 
     path: str
     module: nn.Module
     kind: Kind
     directions: dict[str, Tensor]
+    factors: Factors | None = None
     token_axis: int = 1
+    cast_factors: dict[torch.dtype, Factors] = field(default_factory=dict)
     cast: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
     affine: dict[torch.dtype, "_Affine | None"] = field(default_factory=dict)
 
@@ -36,6 +40,12 @@ class Site:
             self.cast[key] = (v.transpose(1, 2) if self.kind is Kind.CONV1D and name == "weight" else v).contiguous()
         return self.cast[key]
 
+    def factors_in(self, dtype: torch.dtype) -> Factors | None:
+        """The weight's factors in the precision of the contraction."""
+        if self.factors is not None and dtype not in self.cast_factors:
+            self.cast_factors[dtype] = self.factors.to(dtype)
+        return self.cast_factors.get(dtype)
+
 
 def _contract_linear(site: Site, a: Tensor) -> Contraction:
     a = a.flatten(0, -2)
@@ -46,12 +56,17 @@ def _contract_linear(site: Site, a: Tensor) -> Contraction:
             raise RuntimeError(f"[capture] the input of {site.path} was changed in place after its forward pass")
         g = g.reshape(a.shape[0], -1)
         parts = []
+        if (factors := site.factors_in(g.dtype)) is not None:
+            parts.append(factors.contract(a.to(g.dtype), g, cu_seqlens))
         if "weight" in site.directions:
             parts.append(ops.ghost_dot(a.to(g.dtype), g, cu_seqlens, site.direction("weight", g.dtype)))
         if "bias" in site.directions:
             ones = g.new_ones(g.shape[0], 1)
             parts.append(ops.ghost_dot(ones, g, cu_seqlens, site.direction("bias", g.dtype)[:, :, None]))
-        return torch.stack(parts).sum(0)
+        out = parts[0]
+        for part in parts[1:]:  # behind a bias's rows stand a low-rank weight's bounds
+            out[: len(part)] += part
+        return out
 
     return contract
 

@@ -76,6 +76,11 @@ class Decoder:
         return Head(module.weight, module.bias, self.scale, self.softcap)
 
     @property
+    def head_path(self) -> str:
+        """The LM head's name among ``model.named_modules()``."""
+        return next(path for path, module in self.model.named_modules() if module is self.head_module)
+
+    @property
     def device(self) -> torch.device:
         """Where token ids go."""
         return self.head_module.weight.device if self.head else next(self.model.parameters()).device

@@ -7,7 +7,7 @@ window. At the end the parts become ``<out>/scores.parquet`` and the folder goes
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,8 @@ from u2a_fast.store.files import write_atomically, write_text
 
 __all__ = ["SCHEMA", "ScoreSummary", "Scorer", "check_target", "read_scores", "read_table", "score_to_parquet"]
 
-SCHEMA = pa.schema([("id", pa.string()), ("score", pa.float64()), ("nll", pa.float64()), ("tokens", pa.int64())])
+_REQUIRED = pa.schema([("id", pa.string()), ("score", pa.float64()), ("nll", pa.float64()), ("tokens", pa.int64())])
+SCHEMA = _REQUIRED.append(pa.field("exact", pa.bool_()))
 NONFINITE_SHOWN = 20
 CALIBRATION = 256  # at least as many as a scorer fits its curvature to
 
@@ -29,7 +30,7 @@ Progress = Callable[[int, int | None], None]
 
 
 class Scorer(Protocol):
-    """What is asked of a scorer: arrays id, score, nll, tokens for a sequence of token examples."""
+    """What is asked of a scorer: arrays id, score, nll, tokens, exact and a report for token examples."""
 
     def score(self, negatives: Any) -> Any: ...
 
@@ -43,6 +44,7 @@ class ScoreSummary:
     nonfinite: int
     nonfinite_ids: tuple[str, ...]  # the first ones
     resumed_rows: int
+    report: Any = None  # of the last scores that were made
 
 
 def check_target(out_dir: Path | str, fingerprint: Mapping[str, Any], *, window: int = 2048) -> None:
@@ -75,14 +77,19 @@ def score_to_parquet(
     fingerprint: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> ScoreSummary:
-    """Score ``negatives`` in order into ``out_dir/scores.parquet`` (id, score, nll, tokens), resuming a broken-off run.
+    """Score ``negatives`` in order into ``out_dir/scores.parquet`` (columns of ``SCHEMA``), resuming a broken-off run.
 
     The windows are the same in every run, so a resumed run writes the same bytes as an uninterrupted one. Memory is
     that of one window. NaN and infinite scores are kept and counted. ``on_progress(done, total)`` is called at the
     start and after each window; total is None for a stream.
     Raises FileExistsError as ``check_target`` does, unless ``overwrite``, which removes what was there, and where the
-    finished windows hold other negatives than these.
+    finished windows hold other negatives than these; ValueError for a scorer whose rows depend on all negatives.
     """
+    if getattr(scorer, "mode", None) == "shortlist":
+        raise ValueError(
+            '[score] mode "shortlist" ranks all negatives at once, not a window at a time: call scorer.score on all of '
+            'them, or take "lowrank" here'
+        )
     if window < 1:
         raise ValueError(f"[score] expected a window of at least 1, got {window}")
     out = Path(out_dir)
@@ -96,27 +103,35 @@ def score_to_parquet(
     report = on_progress or _no_progress
     done = finished = _finished_rows(parts)
     report(done, total)
+    made: Any = None
     for index, rows in enumerate(_windows(negatives, window)):
         part = parts / f"part-{index:06d}.parquet"
         if part.exists():
             _check_part(part, rows)
             if index == 0:
                 # A scorer may fit its curvature to the first negatives that it sees: let it see them again.
-                scorer.score(rows[:CALIBRATION])
+                made = scorer.score(rows[:CALIBRATION])
             continue
-        _write_part(part, scorer.score(rows), rows)
+        made = scorer.score(rows)
+        _write_part(part, made, rows)
         done += len(rows)
         report(done, total)
-    return _merge(out, finished)
+    return replace(_merge(out, finished), report=getattr(made, "report", None))
 
 
 def read_scores(path: Path | str) -> dict[str, np.ndarray]:
-    """The columns of a scores file as arrays. ``path`` is the file or the folder that holds ``scores.parquet``."""
-    return read_table(path, "scores.parquet", SCHEMA)
+    """The columns of a scores file as arrays. ``path`` is the file or the folder that holds ``scores.parquet``.
+
+    Without a column ``exact``, all scores are.
+    """
+    columns = read_table(path, "scores.parquet", _REQUIRED, optional=SCHEMA)
+    return {"exact": np.ones(len(columns["id"]), dtype=bool)} | columns
 
 
-def read_table(path: Path | str, name: str, schema: pa.Schema) -> dict[str, np.ndarray]:
-    """The columns of ``schema`` in a Parquet file, or in the file ``name`` of a folder.
+def read_table(
+    path: Path | str, name: str, schema: pa.Schema, *, optional: pa.Schema | None = None
+) -> dict[str, np.ndarray]:
+    """The columns of ``schema`` in a Parquet file, or in the file ``name`` of a folder; of ``optional`` what is there.
 
     Raises FileNotFoundError where there is none, ValueError where it is no Parquet file or lacks a column.
     """
@@ -129,7 +144,11 @@ def read_table(path: Path | str, name: str, schema: pa.Schema) -> dict[str, np.n
         raise ValueError(f"[store] expected a Parquet file, got {file}: {error}") from error
     if not set(schema.names) <= set(table.column_names):
         raise ValueError(f"[store] expected the columns {schema.names} in {file}, got {table.column_names}")
-    return {column: table.column(column).to_numpy() for column in schema.names}
+    wanted = [
+        *schema.names,
+        *(n for n in (optional or schema).names if n not in schema.names and n in table.column_names),
+    ]
+    return {column: table.column(column).to_numpy() for column in wanted}
 
 
 def _no_progress(done: int, total: int | None) -> None:
@@ -194,6 +213,7 @@ def _write_part(part: Path, scores: Any, rows: list[Mapping[str, Any]]) -> None:
         pa.array(np.asarray(scores.score, dtype=np.float64)),
         pa.array(np.asarray(scores.nll, dtype=np.float64)),
         pa.array(np.asarray(scores.tokens, dtype=np.int64)),
+        pa.array(np.asarray(scores.exact, dtype=bool)),
     ]
     table = pa.table(columns, schema=SCHEMA)
     write_atomically(part, lambda temporary: pq.write_table(table, temporary))

@@ -161,7 +161,8 @@ class _Loop:
             parts.append(self.scorer.score(window, nll_reference=reference))
             done += len(window)
             self.report(number, "score", done, self.count)
-        return Scores(*(np.concatenate([getattr(p, key) for p in parts]) for key in ("id", "score", "nll", "tokens")))
+        columns = ("id", "score", "nll", "tokens", "exact")
+        return Scores.from_columns({name: np.concatenate([getattr(p, name) for p in parts]) for name in columns})
 
     def nll_reference(self) -> np.ndarray | None:
         """NLL (n) of all negatives at theta_0, where round 0 was scored; None where the loss has no use for it."""

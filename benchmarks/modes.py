@@ -1,0 +1,111 @@
+"""What the approximate modes lose and what a certificate costs, on the HH negatives: counts, no times.
+
+    python -m benchmarks.modes [--count N] [--out rows.jsonl]
+
+The direction is the gradient of the mean answer NLL of 64 positives. For every rank: Spearman against exact scores,
+the energy kept, and the share of the negatives that a certified top k scores exactly, k being 1 % and 10 % of them;
+``planned`` is the share with ranks planned by cost. For ``layers`` the Spearman by the fraction of the cost.
+"""
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.workloads import Workload, hh, hh_missing
+from u2a_fast import SFT, InfluenceScorer
+from u2a_fast.bench.rows import Row, make_row, write_rows
+from u2a_fast.influence.derivatives import DerivativePass
+from u2a_fast.influence.lowrank import truncate
+from u2a_fast.influence.routes import run_batches
+from u2a_fast.influence.scorer import Scores
+from u2a_fast.influence.topk import best, certify
+from u2a_fast.statistics import spearman
+
+__all__ = ["main", "measure"]
+
+RANKS = (16, 32, 64, 128)
+
+
+class GateError(RuntimeError):
+    """A certified top k is not the top k."""
+
+
+def measure(workload: Workload, *, ranks: Sequence[int] = RANKS) -> Row:
+    """One row of counts; GateError where a certificate lies."""
+    objective = SFT([{"example": e} for e in workload.others])
+    make = partial(InfluenceScorer, workload.model, None, objective, parameters="all")
+    scorer = make()
+    exact = scorer.score(workload.examples)
+    n = len(exact)
+    values: dict[str, Any] = {"examples": n, "lowrank": {}, "layers": {}, "certified": {}}
+    ks = sorted({max(1, n // 100), max(1, n // 10)})
+    for rank in ranks:
+        found = make(mode="lowrank", rank=rank).score(workload.examples)
+        values["lowrank"][rank] = {"spearman": spearman(found.score, exact.score), "energy": _report(found)["energy"]}
+        rescored = _rescored(scorer, workload, exact, rank, ks)
+        values["certified"] |= {f"rank {rank}, k = {k}": share for k, share in rescored.items()}
+    for k in ks:
+        top = scorer.topk(workload.examples, k)
+        if not np.allclose(top.score, exact.score[best(exact.score, k)], rtol=1e-3, atol=1e-4):
+            raise GateError(f"the certified top {k} is not the top {k}")
+        values["certified"][f"planned, k = {k}"] = _report(top)["rescored"] / n
+    for fraction in (0.25, 0.5, 0.75):
+        found = make(mode="layers", fraction=fraction).score(workload.examples)
+        chosen = list(_report(found)["layers"])
+        values["layers"][fraction] = {"spearman": spearman(found.score, exact.score), "layers": chosen}
+    found = make(mode="shortlist", rank=ranks[0], fraction=0.2).score(workload.examples)
+    values["shortlist"] = {name: _report(found)[name] for name in ("rescored", "recall", "recall_interval")}
+    return make_row("modes", workload.name, values, gate="every certified top k is the top k by exact score")
+
+
+def _rescored(
+    scorer: InfluenceScorer, workload: Workload, exact: Scores, rank: int, ks: Sequence[int]
+) -> dict[int, float]:
+    """Share of the negatives that must be rescored for the top k, by k."""
+    approximate = partial(truncate, ranks=rank, bounded=True)
+    passes = DerivativePass(workload.model, [scorer.direction()], approximate=approximate)
+    score, bound = np.zeros((2, len(exact)))
+    with passes.running():
+        for at, out in run_batches(passes, workload.examples, scorer.token_budget):
+            assert out.bound is not None
+            score[at], bound[at] = -out.derivatives[0].double().numpy(), out.bound[0].numpy()
+    if not (np.abs(score - exact.score) <= bound).all():
+        raise GateError(f"a bound of rank {rank} does not hold")
+    return {k: certify(score, bound, lambda p: exact.score[p], k)[1].count() / len(exact) for k in ks}
+
+
+def _report(scores: Scores) -> dict[str, Any]:
+    assert scores.report is not None
+    return scores.report.to_dict()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 1 if a certificate lied."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=400)
+    parser.add_argument("--out", type=Path, help="merge the row into this file")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    if reason := hh_missing():
+        print(f"hh: skipped, {reason}")
+        return 0
+    try:
+        row = measure(hh(options.count))
+    except GateError as error:
+        print(f"GATE FAILED: {error}")
+        return 1
+    for name in ("lowrank", "layers", "shortlist", "certified"):
+        for case, value in row[name].items():
+            print(f"{name:<10} {case}: {value}", flush=True)
+    if options.out:
+        write_rows(options.out, [row])
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,84 @@
+"""PyTorch and transformers alone: the forward pass that is the unit, torch.func, and the public U2A procedure."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad, jvp, vmap
+
+from benchmarks.peers.task import Example, Scorer, Task, mean_nll, ordered
+
+
+def forward(task: Task) -> Scorer:
+    """NLL of every example, 8 at a time, sorted by length: what one unit is."""
+    model = task.model
+
+    # user code: forward
+    def nll(ids: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            return mean_nll(model(ids, use_cache=False).logits, labels)
+
+    # end
+    return lambda examples: ordered(examples, nll)
+
+
+def forward_jvp(task: Task) -> Scorer:
+    """Forward mode; transformers' fused attention has none, so attention is its eager one."""
+    model, direction = task.model, task.direction
+    # user code: forward_jvp
+    model.set_attn_implementation("eager")
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def derivatives(ids: Tensor, labels: Tensor) -> Tensor:
+        nll = lambda w: mean_nll(functional_call(model, w, (ids,), {"use_cache": False}).logits, labels)  # noqa: E731
+        return jvp(nll, (weights,), (direction,))[1]
+
+    # end
+    def score(examples: Sequence[Example]) -> Tensor:
+        with torch.no_grad():
+            return ordered(examples, derivatives)
+
+    return score
+
+
+def vmap_grad(task: Task) -> Scorer:
+    """Per-example gradients of all parameters, materialised, then contracted."""
+    model, direction = task.model, task.direction
+    # user code: vmap_grad
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def nll(w: dict[str, Tensor], ids: Tensor, labels: Tensor) -> Tensor:
+        return mean_nll(functional_call(model, w, (ids[None],), {"use_cache": False}).logits, labels[None])[0]
+
+    def derivatives(ids: Tensor, labels: Tensor) -> Tensor:
+        gradients = vmap(grad(nll), in_dims=(None, 0, 0))(weights, ids, labels)
+        return sum(g.flatten(1) @ direction[name].flatten() for name, g in gradients.items())
+
+    # end
+    return lambda examples: ordered(examples, derivatives)
+
+
+def public(task: Task, padded: int | None = None) -> Scorer:
+    """The public procedure: one example at a time, its whole gradient by autograd, flattened and concatenated."""
+    model, direction = task.model, task.direction
+    # user code: public public_padded
+    model.requires_grad_(True)
+    names, weights = zip(*model.named_parameters(), strict=True)
+    flat = torch.cat([direction[name].flatten() for name in names])
+
+    def derivative(ids: Tensor, labels: Tensor) -> Tensor:
+        gradients = torch.autograd.grad(mean_nll(model(ids, use_cache=False).logits, labels)[0], weights)
+        return torch.cat([g.flatten() for g in gradients]) @ flat
+
+    # end
+    def widened(ids: Tensor, labels: Tensor) -> Tensor:
+        missing = max(0, (padded or 0) - ids.shape[1])
+        pad = torch.nn.functional.pad
+        return derivative(pad(ids, (0, missing)), pad(labels, (0, missing), value=-100))
+
+    return lambda examples: ordered(examples, widened, size=1)
+
+
+def public_padded(task: Task) -> Scorer:
+    """The same with every example padded to the release's 256 tokens."""
+    return public(task, padded=256)

@@ -1,0 +1,237 @@
+"""How a scorer's modes turn negatives into scores: exactly, by low rank, by a shortlist, by some layers; the best k.
+
+Costs in units of a forward pass (u2a_fast docs/design.md): exact 3, ``lowrank`` 2 and a little, ``layers``
+1 + 2 fraction, ``shortlist`` and ``topk`` a low-rank pass and 3 for each negative that is rescored.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from u2a_fast.data.packing import Example, batched
+from u2a_fast.influence.derivatives import Approximate, DerivativePass
+from u2a_fast.influence.layers import choose_layers, keep_layers
+from u2a_fast.influence.lowrank import spectra, truncate
+from u2a_fast.influence.ranks import GRID, Profile, RankPlan, plan_ranks
+from u2a_fast.influence.routes import Pass, run_batches
+from u2a_fast.influence.scores import Scores, ScoringReport
+from u2a_fast.influence.topk import best, certify, recall_of_shortlist, shortlist_positions, unlisted_sample
+from u2a_fast.models.capture import Capture
+from u2a_fast.statistics import spearman
+
+__all__ = ["EXACT_MODES", "FRACTIONS", "MODES", "Run", "check_mode", "score", "topk"]
+
+EXACT_MODES = ("auto", "forward", "reverse")
+MODES = (*EXACT_MODES, "lowrank", "shortlist", "layers")
+FRACTIONS = {"shortlist": 0.1, "layers": 0.5}  # where none is given
+PLAN_SAMPLE = 64  # negatives that ranks are planned on: as costly as scoring them twice
+LAYER_SAMPLE = 128  # negatives, the first ones, so that a resumed run chooses the same layers
+NO_PLAN = 4  # below this many samples of negatives, planning costs more than it can save
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Scores, NLLs and scored tokens of n negatives, and bounds of the scores' errors where there are any; (n) each."""
+
+    score: np.ndarray
+    nll: np.ndarray
+    tokens: np.ndarray
+    bound: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call's negatives, and how the scorer at hand evaluates them.
+
+    Attributes:
+        items: n token examples.
+        exact: its exact pass, by whichever route.
+        make: builds the reverse pass of an approximation (None: of the direction itself).
+        slope: d loss / d NLL_i from the NLLs of given positions.
+        token_budget: most tokens a batch.
+        memo: what later calls of the same scorer use again.
+    """
+
+    items: Sequence[Example]
+    exact: Callable[[], Pass]
+    make: Callable[[Approximate | None], DerivativePass]
+    slope: Callable[[Tensor, np.ndarray], Tensor]
+    token_budget: int
+    memo: dict[Any, Any]
+
+    def evaluate(self, passes: Pass, positions: np.ndarray | None = None) -> Rows:
+        """Rows of the negatives at ``positions``, all by default, in that order."""
+        positions = np.arange(len(self.items)) if positions is None else positions
+        n = len(positions)
+        derivative, nll, bound = torch.empty(3, n, dtype=torch.float64)
+        tokens = torch.empty(n, dtype=torch.int64)
+        bounded = False
+        with passes.running():
+            for at, out in run_batches(passes, [self.items[int(i)] for i in positions], self.token_budget):
+                derivative[at], nll[at] = out.derivatives[0].double().cpu(), out.nll.double().cpu()
+                tokens[at] = out.tokens
+                if out.bound is not None:
+                    bounded = True
+                    bound[at] = out.bound[0].cpu()
+        slope = self.slope(nll, positions)
+        limits = (slope.abs() * bound).numpy() if bounded else None
+        return Rows((slope * derivative).numpy(), nll.numpy(), tokens.numpy(), limits)
+
+    def rescore(self, rows: Rows, positions: np.ndarray) -> np.ndarray:
+        """Exact scores at ``positions``, written into ``rows`` too."""
+        rows.score[positions] = self.evaluate(self.exact(), positions).score
+        return rows.score[positions]
+
+    def scores(self, rows: Rows, exact: np.ndarray, report: ScoringReport, order: np.ndarray | None = None) -> Scores:
+        """The rows as ``Scores``, all of them or those at ``order``."""
+        ids = np.array([str(item.get("id", i)) for i, item in enumerate(self.items)], dtype=object)
+        columns = {"id": ids, "score": rows.score, "nll": rows.nll, "tokens": rows.tokens, "exact": exact}
+        order = np.arange(len(self.items)) if order is None else order
+        return Scores.from_columns({name: column[order] for name, column in columns.items()}, report)
+
+
+def check_mode(mode: str, fraction: float | None) -> None:
+    """Raise ValueError for an unknown mode, or a fraction outside of (0, 1]."""
+    if mode not in MODES:
+        raise ValueError(f"[InfluenceScorer] expected a mode out of {list(MODES)}, got {mode!r}")
+    if fraction is not None and not 0 < fraction <= 1:
+        raise ValueError(f"[InfluenceScorer] expected a fraction in (0, 1], got {fraction}")
+
+
+def score(run: Run, mode: str, *, rank: int, fraction: float | None) -> Scores:
+    """Every negative by ``mode``."""
+    if mode == "lowrank":
+        return _low_rank(run, rank)
+    if mode == "shortlist":
+        return _shortlist(run, rank, fraction or FRACTIONS[mode])
+    if mode == "layers":
+        return _layers(run, fraction or FRACTIONS[mode])
+    n = len(run.items)
+    return run.scores(run.evaluate(run.exact()), np.ones(n, dtype=bool), ScoringReport("exact", n))
+
+
+def _low_rank_pass(run: Run, ranks: int) -> DerivativePass:
+    if ("lowrank", ranks) not in run.memo:
+        run.memo["lowrank", ranks] = run.make(partial(truncate, ranks=ranks))
+    return run.memo["lowrank", ranks]
+
+
+def _energy(passes: DerivativePass) -> dict[str, Any]:
+    found = passes.approximation
+    return {"energy": found.total_energy, "energy_by_parameter": dict(found.energy)}
+
+
+def _low_rank(run: Run, rank: int) -> Scores:
+    n, passes = len(run.items), _low_rank_pass(run, rank)
+    report = ScoringReport("lowrank", n, rescored=0, rank=rank, **_energy(passes))
+    return run.scores(run.evaluate(passes), np.zeros(n, dtype=bool), report)
+
+
+def _shortlist(run: Run, rank: int, fraction: float) -> Scores:
+    n, passes = len(run.items), _low_rank_pass(run, rank)
+    rows = run.evaluate(passes)
+    approximate = rows.score.copy()
+    listed = shortlist_positions(approximate, fraction)
+    sampled = unlisted_sample(n, listed)
+    run.rescore(rows, np.concatenate([listed, sampled]))
+    exact = np.zeros(n, dtype=bool)
+    exact[listed] = exact[sampled] = True
+    recall, interval = recall_of_shortlist(rows.score[listed], rows.score[sampled], n - len(listed))
+    report = ScoringReport(
+        "shortlist",
+        n,
+        rescored=int(exact.sum()),
+        rank=rank,
+        recall=recall,
+        recall_interval=interval,
+        spearman=spearman(approximate[sampled], rows.score[sampled]),
+        **_energy(passes),
+    )
+    return run.scores(rows, exact, report)
+
+
+def _layers(run: Run, fraction: float) -> Scores:
+    n = len(run.items)
+    if ("layers", fraction) not in run.memo:
+        chosen = choose_layers(_parts(run, np.arange(min(n, LAYER_SAMPLE))), fraction)
+        run.memo["layers", fraction] = chosen, run.make(partial(keep_layers, choice=chosen))
+    choice, passes = run.memo["layers", fraction]
+    report = ScoringReport("layers", n, layers=choice.blocks, share=choice.share, spearman=choice.spearman)
+    return run.scores(run.evaluate(passes), np.zeros(n, dtype=bool), report)
+
+
+def _parts(run: Run, positions: np.ndarray) -> dict[str, np.ndarray]:
+    """Exact parts (m) of the derivatives by module path, in the order of the modules' calls."""
+    passes = run.make(None)
+    found: dict[str, np.ndarray] = {}
+    with passes.running():
+        for at, out in run_batches(passes, [run.items[int(i)] for i in positions], run.token_budget):
+            for path, part in out.parts.items():
+                found.setdefault(path, np.zeros(len(positions)))[at] = part[0].cpu().numpy()
+    return found
+
+
+def topk(run: Run, k: int, *, rank: int | None, certified: bool) -> Scores:
+    """The best k by exact score: of all where ``certified``, else of the best 2k by low-rank score."""
+    n = len(run.items)
+    plan = None
+    if certified and rank is None:
+        plan = _plan(run, k)
+    if plan is not None and plan.units >= 3:
+        rows = run.evaluate(run.exact())
+        note = "the bound would leave too many to rescore: all were scored exactly"
+        report = ScoringReport("topk", n, rescored=n, certified=True, note=note)
+        return run.scores(rows, np.ones(n, dtype=bool), report, best(rows.score, k))
+    ranks = plan.ranks if plan is not None else (rank or 16)
+    passes = run.make(partial(truncate, ranks=ranks, bounded=certified))
+    rows = run.evaluate(passes)
+    bound = rows.bound if rows.bound is not None else np.zeros(n)
+    if certified:
+        order, found = certify(rows.score.copy(), bound, partial(run.rescore, rows), k)
+        rescored = int(found.count())
+    else:
+        candidates = best(rows.score, 2 * k)
+        run.rescore(rows, candidates)
+        order, rescored = candidates[best(rows.score[candidates], k)], len(candidates)
+    uniform = ranks if isinstance(ranks, int) else None
+    report = ScoringReport("topk", n, rescored=rescored, rank=uniform, certified=certified, **_energy(passes))
+    return run.scores(rows, np.ones(n, dtype=bool), report, order)
+
+
+def _plan(run: Run, k: int) -> RankPlan:
+    """Ranks by the cost model, from a random sample; everything exactly where there are too few to sample."""
+    n = len(run.items)
+    if n < NO_PLAN * PLAN_SAMPLE or k >= n:
+        return RankPlan({}, 3.0, 1.0)
+    positions = np.sort(np.random.default_rng(0).choice(n, PLAN_SAMPLE, replace=False))
+    rows = run.evaluate(run.exact(), positions)
+    slope = run.slope(torch.from_numpy(rows.nll), positions).abs().numpy()
+    return plan_ranks(_profiles(run, positions, slope), rows.score, k / n)
+
+
+def _profiles(run: Run, positions: np.ndarray, slope: np.ndarray) -> dict[str, Profile]:
+    """How far each weight's truncation can move the scores of a sample, by rank."""
+    passes = run.make(None)
+    directions = passes.approximation.kept
+    found = spectra(passes.decoder, directions, GRID)
+    name_of = {id(p): name for name, p in passes.decoder.model.named_parameters()}
+    names = {
+        path: name_of[id(p)]
+        for path, module in passes.decoder.model.named_modules()
+        for own, p in module.named_parameters(recurse=False)
+        if own == "weight"
+    }
+    bounds = {name: np.zeros((len(spectrum.ranks), len(positions))) for name, spectrum in found.items()}
+    with passes.running():
+        capture = Capture(passes.decoder, {}, found)
+        for at, batch in batched([run.items[int(i)] for i in positions], run.token_budget):
+            passes.propagate(passes.decoder.pack(batch), capture)
+            for path, part in capture.parts().items():
+                bounds[names[path]][:, at] += part.cpu().numpy() * slope[at]
+    shapes = {name: (spectrum.left.shape[0], spectrum.right.shape[0]) for name, spectrum in found.items()}
+    return {name: Profile(shapes[name], found[name].ranks, bounds[name]) for name in found}

@@ -1,0 +1,87 @@
+"""What scoring gives: one row a negative, and how the rows were made."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Scores", "ScoringReport"]
+
+
+@dataclass(frozen=True)
+class ScoringReport:
+    """How scores were made, and what is known of their error. What does not apply to a mode is None or empty.
+
+    Attributes:
+        mode: ``"exact"``, ``"lowrank"``, ``"shortlist"``, ``"topk"`` or ``"layers"``.
+        rows: negatives looked at; rescored: those of them scored exactly after an approximate pass.
+        rank: singular vectors kept of a matrix; None where every matrix has its own.
+        energy: ||v_r||^2 / ||v||^2 of the truncated direction; energy_by_parameter: of its truncated matrices.
+        certified: the rows returned are the true best by exact score.
+        recall: share of the negatives that score as high as the shortlist's better half which the shortlist holds, with
+            its 95 % interval, from a random sample of the others scored exactly.
+        layers: blocks that count, from 0.
+        share: squared correlation of the scores with the exact ones on a sample (``"layers"``).
+        spearman: rank correlation of approximate with exact scores on a random sample.
+        note: what else the user should know.
+    """
+
+    mode: str
+    rows: int
+    rescored: int | None = None
+    rank: int | None = None
+    energy: float | None = None
+    energy_by_parameter: Mapping[str, float] = field(default_factory=dict)
+    certified: bool | None = None
+    recall: float | None = None
+    recall_interval: tuple[float, float] | None = None
+    layers: tuple[int, ...] = ()
+    share: float | None = None
+    spearman: float | None = None
+    note: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The attributes that apply, as run.yaml has them: tuples as lists."""
+        applying = {name: value for name, value in asdict(self).items() if value not in (None, {}, ())}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in applying.items()}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One row a negative, in the order given (of ``InfluenceScorer.topk``: best first).
+
+    Attributes:
+        id: the negative's own ``id``, else its position, as str.
+        score: s_i = -dL_PA/dw_i, gain in L_PA per unit of unlearning weight; positive: unlearning it helps. NaN stays
+            NaN.
+        nll: NLL_i in nats, reduced as the scorer reduces (per token for ``"mean"``).
+        tokens: scored tokens.
+        exact: False where a score is an approximation; None at construction means that all are exact.
+        report: how the scores were made; None where they were read from a file.
+    """
+
+    id: np.ndarray
+    score: np.ndarray
+    nll: np.ndarray
+    tokens: np.ndarray
+    exact: np.ndarray = None  # type: ignore[assignment]
+    report: ScoringReport | None = None
+
+    def __post_init__(self) -> None:
+        if self.exact is None:
+            object.__setattr__(self, "exact", np.ones(len(self.score), dtype=bool))
+
+    @classmethod
+    def from_columns(cls, columns: Mapping[str, np.ndarray], report: ScoringReport | None = None) -> "Scores":
+        """Of arrays by attribute; ``exact`` may be absent."""
+        names = ("id", "score", "nll", "tokens")
+        return cls(*(columns[name] for name in names), exact=columns.get("exact"), report=report)  # type: ignore[misc, arg-type]
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+    @property
+    def nonfinite(self) -> int:
+        """How many scores or NLLs are NaN or infinite."""
+        return int((~np.isfinite(self.score) | ~np.isfinite(self.nll)).sum())
