@@ -100,7 +100,7 @@ class VectorContraction {
   Buffer directions_, sums_, tiles_;  // directions: (row panel, direction, tile)
 };
 
-// What contracts a few directions, and kMany or more of them.
+// What contracts fewer than kMany directions, and what more.
 template <class E, class T>
 struct Contractions {
   static constexpr int64_t kMany = 1;
