@@ -25,6 +25,7 @@ struct TileEngine {
   using Intermediate = BFloat16;
   using Packed = uint32_t;
   static constexpr int MR = 32, NR = 32, W = 16, kTile = 16 * 16;
+  static constexpr int kDepth = 32, kDirectionTokens = 30;
   struct Scope {
     Scope() {
       const TileConfig config;
@@ -78,14 +79,17 @@ struct TileEngine {
     multiply(a, b, k, c, ldc, add);
   }
 
-  static void multiply(const Packed* a, const Packed* b, int64_t k, float* c, int64_t ldc, bool add) {
-    multiply_tiles(a, a + kTile, 2 * kTile, 64, b, k, c, ldc, add);
+  // The vector units are free while the tile unit multiplies: `beside` is called after each of its steps.
+  template <class Beside = NothingBeside>
+  static void multiply(const Packed* a, const Packed* b, int64_t k, float* c, int64_t ldc, bool add,
+                       const Beside& beside = {}) {
+    multiply_tiles(a, a + kTile, 2 * kTile, 64, b, k, c, ldc, add, beside);
   }
 
   // The tiles of A's upper and lower 16 rows, their rows `stride` bytes apart, each `next` elements before its next.
-  template <class T>
+  template <class T, class Beside = NothingBeside>
   static void multiply_tiles(const T* upper, const T* lower, int64_t next, int64_t stride, const Packed* b, int64_t k,
-                             float* c, int64_t ldc, bool add) {
+                             float* c, int64_t ldc, bool add, const Beside& beside = {}) {
     const int64_t row_bytes = ldc * sizeof(float);
     memory_fence();
     if (add) {
@@ -99,7 +103,8 @@ struct TileEngine {
       _tile_zero(2);
       _tile_zero(3);
     }
-    for (int64_t step = 0; step < ceil_div(k, 2 * W); ++step, upper += next, lower += next, b += 2 * kTile) {
+    const int64_t steps = ceil_div(k, 2 * W);
+    for (int64_t step = 0; step < steps; ++step, upper += next, lower += next, b += 2 * kTile) {
       _tile_loadd(4, upper, stride);
       _tile_loadd(6, b, 64);
       _tile_loadd(7, b + kTile, 64);
@@ -108,6 +113,7 @@ struct TileEngine {
       _tile_loadd(5, lower, stride);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
+      beside(step, steps);
     }
     _tile_stored(0, c, row_bytes);
     _tile_stored(1, c + W, row_bytes);
@@ -146,7 +152,11 @@ class RowBlock<TileEngine, BFloat16> {
 };
 
 }  // namespace
+}  // namespace u2a
 
+#include "amx_contraction.h"
+
+namespace u2a {
 const Kernels kAmxBf16 = kernel_set<Bf16Set<TileEngine>>("AMX BF16");
 }  // namespace u2a
 U2A_TARGET_END

@@ -14,6 +14,7 @@ struct PairEngine {
   using Intermediate = BFloat16;
   using Packed = uint32_t;
   static constexpr int MR = 12, NR = 32, W = 16;
+  static constexpr int kDepth = 2, kDirectionTokens = 15;
   struct Scope {};
 
   static int64_t a_panel_size(int64_t k) { return round_up(k, 2 * W) / 2 * MR; }
@@ -48,7 +49,9 @@ struct PairEngine {
     multiply(a, b, k, c, ldc, add);
   }
 
-  static void multiply(const Packed* a, const Packed* b, int64_t k, float* c, int64_t ldc, bool add) {
+  template <class Beside = NothingBeside>
+  static void multiply(const Packed* a, const Packed* b, int64_t k, float* c, int64_t ldc, bool add,
+                       const Beside& beside = {}) {
     __m512 sum[MR][2];
 #pragma GCC unroll 12
     for (int r = 0; r < MR; ++r) {
@@ -69,6 +72,7 @@ struct PairEngine {
       _mm512_storeu_ps(c + r * ldc, sum[r][0]);
       _mm512_storeu_ps(c + r * ldc + W, sum[r][1]);
     }
+    beside(0, 1);
   }
 };
 

@@ -64,6 +64,11 @@ void pack_panel(View<T> source, int64_t count, int64_t k, S* panel) {
   }
 }
 
+// Work that shares no data with a multiplication and can fill what it leaves of the processor.
+struct NothingBeside {
+  void operator()(int64_t, int64_t) const {}
+};
+
 // Multiplies in S, which is also the type of the sums.
 // 12 x 2 vectors of sums keep both FMA ports busy through their latency (2 x 4 in flight) and leave room in 32
 // registers for two vectors of B and a broadcast of A; 16 registers hold 6 x 2, the baseline's 4 x 2.
@@ -73,6 +78,7 @@ struct VectorEngine {
   using Intermediate = S;  // what products of products are packed from
   using Packed = S;
   static constexpr int MR = Rows, NR = Vectors * kLanes<S>;
+  static constexpr int kDepth = 1, kDirectionTokens = 9;
   struct Scope {};
 
   static int64_t a_panel_size(int64_t k) { return k * MR; }
@@ -91,9 +97,12 @@ struct VectorEngine {
   static const Packed* pack_rows(const S* rows, int64_t, Packed*) { return rows; }
   static const Packed* pack_a_rows(const S* rows, Packed*) { return rows; }
 
-  // c (MR x NR, rows ldc apart) = or += a b^T
-  static void multiply(const Packed* a, const Packed* b, int64_t k, S* c, int64_t ldc, bool add) {
+  // c (MR x NR, rows ldc apart) = or += a b^T; beside(step, steps) is called `steps` times along the way.
+  template <class Beside = NothingBeside>
+  static void multiply(const Packed* a, const Packed* b, int64_t k, S* c, int64_t ldc, bool add,
+                       const Beside& beside = {}) {
     product(a, 1, MR, b, k, c, ldc, add);
+    beside(0, 1);
   }
   // The same for a from pack_a_rows.
   static void multiply_rows(const Packed* a, const Packed* b, int64_t k, S* c, int64_t ldc, bool add) {
@@ -131,9 +140,9 @@ class Panels {
 
   Panels(int64_t rows, int64_t k, bool is_a)
       : k_(k),
-        width_(is_a ? E::MR : E::NR),
+        is_a_(is_a),
         size_(is_a ? E::a_panel_size(k) + kLanes<Packed> : E::b_panel_size(k)),
-        buffer_(ceil_div(rows, width_) * size_ * sizeof(Packed)) {}
+        buffer_(ceil_div(rows, is_a ? E::MR : E::NR) * size_ * sizeof(Packed)) {}
 
   template <class T>
   void pack_a(View<T> source, int64_t rows, int64_t first = 0) {
@@ -147,11 +156,13 @@ class Panels {
     });
   }
   // The panel that starts with `row`, a multiple of the width.
-  Packed* at(int64_t row) const { return buffer_.template as<Packed>() + row / width_ * size_; }
+  Packed* at(int64_t row) const { return buffer_.template as<Packed>() + (is_a_ ? row / E::MR : row / E::NR) * size_; }
   int64_t depth() const { return k_; }
 
  private:
-  int64_t k_, width_, size_;
+  int64_t k_;
+  bool is_a_;
+  int64_t size_;
   Buffer buffer_;
 };
 
@@ -175,17 +186,12 @@ struct Blocking {
   static int64_t fit(int64_t columns) { return larger<int64_t>(E::NR, columns / E::NR * E::NR); }
 };
 
-// Rows that one task takes: enough to use each column of B often, few enough to give every thread work.
-template <class E>
-int64_t rows_per_task(int64_t rows, const Parallel& parallel) {
-  constexpr int64_t kMost = 96 / E::MR * E::MR;
-  return smaller(kMost, round_up(ceil_div(rows, 4 * parallel.threads), E::MR));
-}
-
-// Runs body(first_row, rows) over blocks of rows, in parallel.
+// Runs body(first_row, rows) over blocks of rows, in parallel: `most` rows use each column of B often, fewer give every
+// thread work.
 template <class E, class Body>
-void for_row_blocks(int64_t rows, const Parallel& parallel, const Body& body) {
-  const int64_t step = larger<int64_t>(E::MR, rows_per_task<E>(rows, parallel));
+void for_row_blocks(int64_t rows, const Parallel& parallel, const Body& body, int64_t most = 96) {
+  const int64_t wanted = smaller(most / E::MR * E::MR, round_up(ceil_div(rows, 4 * parallel.threads), E::MR));
+  const int64_t step = larger<int64_t>(E::MR, wanted);
   parallel_for(parallel, ceil_div(rows, step), [&](int64_t begin, int64_t end) {
     [[maybe_unused]] typename E::Scope scope;
     for (int64_t block = begin; block < end; ++block) body(block * step, smaller(step, rows - block * step));

@@ -14,7 +14,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import all as all_benchmarks
-from benchmarks import memory, run, sanitize, score, slowest, tables, workloads
+from benchmarks import crossover, memory, run, sanitize, score, slowest, tables, workloads
 from benchmarks.rows import RESULTS
 from u2a_fast import ops, testing
 from u2a_fast.bench import machine
@@ -166,6 +166,14 @@ def test_sanitize_and_slowest_choose_and_run(tmp_path: Path) -> None:
     assert slowest.slowest(rows, "cpu") == second
     with pytest.raises(ValueError, match="expected rows of ops on cuda"):
         slowest.slowest(rows, "cuda")
+
+
+def test_crossover_reads_both_constants_from_the_times() -> None:
+    seconds = {1: 2.0, **{k: 2.0 / 128 * (1.5 * 128 + 12 * k) for k in (4, 8, 16)}}
+    assert crossover.line(128, seconds) == pytest.approx((1.5, 12))
+    rows = list(crossover.crossover_rows(2, tokens=64, examples=2, layers=((16, 24),)))
+    assert [row["case"].split("-")[3] for row in rows] == ["float32", "bfloat16"]
+    assert all(set(row["units"]) == {"1", "4", "8", "16"} for row in rows)
 
 
 def test_a_newer_row_replaces_the_older(tmp_path: Path) -> None:

@@ -218,6 +218,16 @@ def test_a_row_does_not_depend_on_its_batch(op: str, run: Run, device: str) -> N
     assert _same_bits(run(op, **part), tuple(x[2:n] for x in run(op, **arguments)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_ghost_dot_by_tiles(dtype: torch.dtype, run: Run, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("u2a_fast.kernels.ghost_dot"), "DIRECTION_TOKENS", -1)
+    case = _redtype(SMALL["ghost_dot"], dtype)
+    arguments = testing.inputs(case, device)
+    outputs = run(case.op, **arguments)
+    assert testing.violations(case, arguments, outputs) == []
+    assert _same_bits(run(case.op, **arguments), outputs)
+
+
 def test_more_directions_than_one_pass_holds(run: Run, device: str) -> None:
     case = _case("linear_logprob_jvp", N=5, D=6, V=70, K=11)
     arguments = testing.inputs(case, device)

@@ -51,6 +51,17 @@ def _whole_rows() -> Iterator[Row]:
         yield "ghost_dot", {**sizes, "K": k}, {"lengths": lengths}
         if k == 1 or not lengths:
             yield "ghost_norm", sizes, {"lengths": lengths}
+    # Several directions over examples from one token on: short ones take the row form, long ones the tile form, in one
+    # call, with more directions than registers and examples than are contracted together.
+    mixed = (1, 2, 17, 0, 40, 128, 3, 33, 64)
+    several: list[tuple[int, int, int, tuple[int, ...]]] = [
+        (16, 24, 2, (1, 2, 17, 60)),
+        (37, 70, 5, mixed),
+        (96, 130, 16, (128, 128)),
+        (30, 9, 35, mixed),
+    ]
+    for i, o, k, lengths in several:
+        yield "ghost_dot", {**_sizes(i, o, lengths), "K": k}, {"lengths": lengths}
     # Long examples over narrow layers take the tile form of the norm.
     for i, o, lengths in ((6, 10, (90, 1, 40)), (35, 19, (140, 10))):
         yield "ghost_norm", _sizes(i, o, lengths), {"lengths": lengths}
@@ -89,6 +100,8 @@ def timing_rows() -> Iterator[Row]:
     for i, o in ((256, 256), (256, 704), (704, 256), (384, 1024), (1024, 1024)):
         yield "ghost_dot", {**_sizes(i, o, short), "K": 1}, {"lengths": short}
         yield "ghost_norm", _sizes(i, o, short), {"lengths": short}
+    for i, o in ((256, 704), (1024, 1024)):
+        yield "ghost_dot", {**_sizes(i, o, short), "K": 16}, {"lengths": short}
     for i, o in ((1024, 1024), (1024, 4096)):
         for r in (16, 64):
             yield "ghost_dot_lowrank", {**_sizes(i, o, batch), "K": 1, "R": r}, {"lengths": batch}
@@ -119,7 +132,8 @@ def cost(case: "Case") -> tuple[int, int]:
     s = case.sizes
     n, b, i, o = (s[c] for c in "NBIO")
     if case.op == "ghost_dot":
-        flops, results = 2 * s["K"] * n * i * o, s["K"] * b
+        # Every direction meets every token, or every example's gradient once this is made.
+        flops, results = 2 * min(s["K"] * n, n + s["K"] * b) * i * o, s["K"] * b
     elif case.op == "ghost_dot_lowrank":
         flops, results = 2 * s["K"] * n * s["R"] * (i + o), s["K"] * b
     elif case.op == "ghost_norm":
