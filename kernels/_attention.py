@@ -43,7 +43,9 @@ __all__ = [
 # Keyed by device family, bytes an element and the padded head size: 64 (or less), 128 or 256.
 HeadConfigs = Mapping[tuple[str, int, int], Config]
 
-WIDEST_HEAD = 256
+# By bytes an element. Exact float32 products have no matrix unit to run on: wider tiles are thousands of unrolled
+# multiplications, which take minutes to compile, spill or abort LLVM (an assertion in its SLP vectorizer, on sm_100).
+WIDEST_HEAD = {2: 256, 4: 64}
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -180,7 +182,7 @@ def online_softmax(b_c, b_max, b_sum):
 
 def needs_reference(q: Tensor, v: Tensor) -> bool:
     """Whether the kernels leave these inputs to the reference: float64, and heads wider than WIDEST_HEAD."""
-    return is_float64(q) or max(q.shape[-1], v.shape[-1]) > WIDEST_HEAD
+    return is_float64(q) or max(q.shape[-1], v.shape[-1]) > WIDEST_HEAD[q.element_size()]
 
 
 def _padded(width: int) -> int:

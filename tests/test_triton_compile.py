@@ -105,13 +105,13 @@ def _call_head(modules: dict[str, Any], dtype: torch.dtype, n: int, v: int, k: i
     modules["linear_logprob_jvp"].linear_logprob_jvp(h, weight, target, zeros(k, n, d), dweight, bias, dbias, softcap)
 
 
-def _call_attention(modules: dict[str, Any], dtype: torch.dtype, width: int, full: bool) -> None:
-    """``full``: segments that continue others, a window and a softcap; else none."""
+def _call_attention(modules: dict[str, Any], dtype: torch.dtype, width: int) -> None:
+    """With segments that continue others, a window and a softcap: what needs most registers."""
     n, heads, groups = 1199, 8, 2
     zeros = partial(torch.zeros, dtype=dtype)
     q, k, v = zeros(n, heads, width), zeros(n, groups, width), zeros(n, groups, width)
     cu_seqlens, parent = torch.tensor([0, 500, n], dtype=torch.int32), torch.tensor([-1, 0], dtype=torch.int32)
-    options: tuple[Any, ...] = (cu_seqlens, parent, 0.1, 300, 5.0) if full else (cu_seqlens, None, 0.1, 0, 0.0)
+    options = (cu_seqlens, parent, 0.1, 300, 5.0)
     modules["attention"].attention(q, k, v, *options)
     modules["attention_backward"].attention_backward(q, q, k, v, q, torch.zeros(n, heads), *options)
     modules["attention_jvp"].attention_jvp(q, k, v, *(torch.stack([x, x]) for x in (q, k, v)), *options)
@@ -142,9 +142,8 @@ def record(family: str) -> tuple[Recorder, list[str]]:
     for dtype in (torch.float32, torch.bfloat16):
         _call_elementwise(modules, dtype, gelu=dtype == torch.bfloat16)
         _call_head(modules, dtype, n=1199, v=128, k=1, full=False)
-        for width in (64, 128, 256):
-            _call_attention(modules, dtype, width, full=True)
-    _call_attention(modules, torch.bfloat16, 128, full=False)
+    for dtype, width in ((torch.float32, 64), (torch.bfloat16, 64), (torch.bfloat16, 128), (torch.bfloat16, 256)):
+        _call_attention(modules, dtype, width)
     unused = [
         f"{name}.{table}[{key}]"
         for name, module in modules.items()
