@@ -47,7 +47,7 @@ def _config(m: int, n: int, d: int, warps: int, stages: int) -> Config:
 CONFIGS: HeadConfigs = {
     ("sm_80", 2, 64): _config(64, 32, 64, 4, 2),
     ("sm_80", 2, 128): _config(64, 32, 64, 8, 2),
-    ("sm_80", 2, 256): _config(64, 16, 64, 8, 2),
+    ("sm_80", 2, 256): _config(64, 16, 128, 8, 2),
     ("sm_80", 4, 64): _config(32, 32, 16, 4, 2),
     ("sm_90", 2, 64): _config(128, 64, 64, 8, 3),
     ("sm_90", 2, 128): _config(128, 32, 128, 8, 3),
