@@ -142,7 +142,7 @@ def record(family: str) -> tuple[Recorder, list[str]]:
     for dtype in (torch.float32, torch.bfloat16):
         _call_elementwise(modules, dtype, gelu=dtype == torch.bfloat16)
         _call_head(modules, dtype, n=1199, v=128, k=1, full=False)
-    for dtype, widths in ((torch.float32, (64,)), (torch.bfloat16, (64, 128, 256)), (torch.float16, (128,))):
+    for dtype, widths in ((torch.float32, (64,)), (torch.bfloat16, (64, 128, 256)), (torch.float16, (64,))):
         for width in widths:
             _call_attention(modules, dtype, width)
     unused = [
