@@ -140,6 +140,44 @@ def _goals(rows: list[Row]) -> str:
     return _grid(("goal", "bound", "measured", "met"), lines)
 
 
+ROUTES = {
+    "llama": "one direction, 20 M Llama",
+    "hh": "one direction, HH",
+    "lora": "LoRA of rank 16 on all linears",
+    "shared": "eight answers a prompt",
+    "directions": "16 directions",
+}
+UNITS_AT_MOST = {
+    ("llama", "forward fp32"): 3.1,
+    ("hh", "forward fp32"): 3.1,
+    ("lora", "reverse fp32"): 2.2,
+    ("directions", "reverse fp32"): 3.6,
+}
+
+
+def _routes(rows: list[Row]) -> str:
+    header = (
+        "what runs",
+        "units",
+        "p20 to p80 of blocks",
+        "goal",
+        "largest relative error",
+        "Spearman against the first",
+    )
+    found = {row["case"]: row for row in rows}
+    lines = []
+    for case, label in ROUTES.items():
+        row = found.get(case, {"units": {}})
+        for name, units in row["units"].items():
+            bound = UNITS_AT_MOST.get((case, name))
+            goal = "" if bound is None else f"at most {bound:g}: {'yes' if units <= bound else '**no**'}"
+            p20, _, p80 = row["units_spread"][name]
+            error, ranking = row["relative_error"][name], row["spearman"][name]
+            what = f"{label}: {name}"
+            lines.append((what, f"{units:.2f}", f"{p20:.2f} to {p80:.2f}", goal, f"{error:.1e}", f"{ranking:.4f}"))
+    return _grid(header, lines)
+
+
 def _memory(rows: list[Row]) -> str:
     parts = []
     vocabulary = sorted((row for row in rows if row["axis"] == "vocabulary"), key=lambda row: row["size"])
@@ -215,6 +253,7 @@ def _select(benchmark: str, device: str = "cpu") -> Callable[[list[Row]], list[R
 
 TABLES: dict[str, tuple[Callable[[list[Row]], list[Row]], Callable[[list[Row]], str]]] = {
     "goals": (lambda rows: [row for row in _select("score")(rows) if row["threads"] == 1], _goals),
+    "routes": (_select("routes"), _routes),
     "score": (_select("score"), _scoring),
     "memory": (_select("memory"), _memory),
     "peers": (_select("peers"), _peers),
