@@ -203,7 +203,9 @@ def test_all_measures_every_benchmark_on_one_thread(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(all_benchmarks.tables, "main", lambda argv: 0)
     monkeypatch.setattr(all_benchmarks, "describe", lambda device: {})
     assert all_benchmarks.main() == 1, "one of them failed"
-    assert [command[2] for command in commands] == [f"benchmarks.{name}" for name in ("routes", "score", "memory", "run")]
+    assert [command[2] for command in commands] == [
+        f"benchmarks.{name}" for name in ("routes", "score", "memory", "run")
+    ]
     assert all(command[3:] == ["--out", str(results_file)] for command in commands)
 
 
