@@ -24,7 +24,7 @@ demo: $(VENV)/.installed  ## score, select, unlearn and report on the embedded c
 	$(BIN)/u2a-fast demo --out "$(OUT)" --overwrite
 
 test: $(VENV)/.tools lint  ## lint, types and tests
-	$(BIN)/pytest
+	$(BIN)/pytest $$($(BIN)/python -c "import xdist" 2>/dev/null && echo "-n logical --dist worksteal")
 
 lint: $(VENV)/.tools  ## ruff and mypy
 	@if $(BIN)/python -c "import ruff" 2>/dev/null; then set -ex; \
@@ -67,7 +67,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
 
 # The CPU build of torch comes without Triton, which the kernel tests run through its interpreter; it exists for Linux only.
 $(VENV)/.tools: $(VENV)/.installed
-	$(PIP) install --constraint $(VENV)/.torch clang-format hypothesis mypy pytest ruff || echo "WARNING: going on without"
+	$(PIP) install --constraint $(VENV)/.torch clang-format hypothesis mypy pytest pytest-xdist ruff || echo "WARNING: going on without"
 	@if [ "$$(uname -s)" = Linux ] && ! $(BIN)/python -c 'import triton' 2>/dev/null; then set -x; \
 		$(PIP) install "$(TRITON)" || echo "WARNING: no Triton here: the tests of the GPU kernels will be skipped"; fi
 	@$(BIN)/python -c 'import pytest, hypothesis'

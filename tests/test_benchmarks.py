@@ -14,7 +14,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import all as all_benchmarks
-from benchmarks import crossover, memory, run, sanitize, score, slowest, tables, workloads
+from benchmarks import crossover, memory, routes, run, sanitize, score, slowest, tables, workloads
 from benchmarks.rows import RESULTS
 from u2a_fast import ops, testing
 from u2a_fast.bench import machine
@@ -234,12 +234,16 @@ def test_committed_rows_passed_their_gate_and_name_no_place() -> None:
         assert "/home" not in json.dumps(row) and str(ROOT.parent) not in json.dumps(row)
 
 
-def test_tables_from_rows(tmp_path: Path, scoring_row: Row, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_from_rows(
+    tmp_path: Path, tiny: workloads.Workload, scoring_row: Row, capsys: pytest.CaptureFixture[str]
+) -> None:
     ops_row = measure(CASES["ghost_dot", torch.float32], QUICK)
     assert isinstance(ops_row, dict)
     points = [make_row("memory", "vocabulary-9", {"axis": "vocabulary", "size": 9, **_mib()}, gate="yes")]
     points.append(make_row("memory", "negatives-7", {"axis": "negatives", "size": 7, "peak_mib": 3.0}, gate="yes"))
-    points += [make_row("peers", f"tiny-{row['label']}", row, gate="yes") for row in _peer_rows()]
+    routes_row, green = routes.BUILDERS["llama"](tiny, 1)
+    assert green and set(routes_row["units"]) == {"forward fp32", "reverse fp32", "forward bf16", "reverse bf16"}
+    points += [routes_row] + [make_row("peers", f"tiny-{row['label']}", row, gate="yes") for row in _peer_rows()]
     page, rows = tmp_path / "page.md", tmp_path / "rows"
     write_rows(rows / "machine.jsonl", [scoring_row, ops_row, *points])
     page.write_text("".join(f"<!-- table: {name} -->\nold\n<!-- /table -->\n" for name in tables.TABLES))
@@ -249,6 +253,7 @@ def test_tables_from_rows(tmp_path: Path, scoring_row: Row, capsys: pytest.Captu
     assert tables.main(["--check"], pages=[page], results=rows) == 0
     text = page.read_text()
     assert "public U2A procedure, padded" in text and "| 9 | 3 | 4 |" in text and "at most 3.2" in text
+    assert "| one direction, 20 M Llama: forward fp32 |" in text
     assert "| **u2a_fast, reverse** | 3.00 (2.90 to 3.20) | 2.50 |" in text and "* other (thing 1.0): it broke" in text
     assert text.count(tables.EMPTY) == 1, "only the GPU has no rows"
     with pytest.raises(ValueError, match="expected a table out of"):

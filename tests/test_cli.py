@@ -480,6 +480,7 @@ def test_demo_hands_over_its_options_and_its_result(monkeypatch, tmp_path):
 def test_every_verb_is_documented():
     page = (Path(__file__).resolve().parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
     verbs = [str(command.callback.__name__) for command in app.registered_commands if command.callback is not None]
+    verbs += [str(group.typer_instance.info.name) for group in app.registered_groups if group.typer_instance]
     assert [line.split()[1] for line in page.split("```")[1].splitlines() if line.startswith("u2a-fast ")] == verbs
 
 

@@ -5,6 +5,7 @@ import copy
 import json
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,14 @@ from benchmarks.peers.truth import AGREEMENT, judge, truths
 from benchmarks.workloads import Workload, random_examples, random_llama
 
 BY_NAME = {contestant.name: contestant for contestant in CONTESTANTS}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from u2a_fast.data.packing import Example
 from u2a_fast.influence.derivatives import DerivativePass, Direction, resolve_token_budget
 from u2a_fast.influence.forward import ForwardPass
-from u2a_fast.influence.routes import run_batches
+from u2a_fast.influence.routes import run_batches, run_parts
 
 __all__ = ["module_derivatives", "token_derivatives"]
 
@@ -86,9 +86,6 @@ def module_derivatives(
     passes = DerivativePass(model, [direction], reduction=reduction, dtype=dtype)
     decoder = passes.decoder
     budget = resolve_token_budget(token_budget, decoder.device, batch_invariant=batch_invariant)
-    out = {path: torch.zeros(len(examples), dtype=torch.float64, device=decoder.device) for path in passes.module_paths}
-    with passes.running():
-        for positions, result in run_batches(passes, examples, budget):
-            for path, part in result.parts.items():
-                out[path][positions] = part[0]
-    return out
+    found = run_parts(passes, examples, budget)
+    silent = torch.zeros(len(examples), dtype=torch.float64, device=decoder.device)
+    return {path: found[path] if path in found else silent.clone() for path in passes.module_paths}

@@ -19,7 +19,7 @@ from u2a_fast.models.capture import Capture
 from u2a_fast.models.decoder import Decoder, check_packing, check_reduction, reduce_tokens, segment_sum
 from u2a_fast.models.low_rank import LowRankHead
 from u2a_fast.models.norms import short_rms_norms
-from u2a_fast.models.parameters import evaluation_mode
+from u2a_fast.models.parameters import evaluation_mode, parameter_names
 
 __all__ = ["Approximate", "DerivativeBatch", "DerivativePass", "Direction", "cast_parameters", "stack_directions"]
 
@@ -38,6 +38,11 @@ def resolve_token_budget(given: int | None, device: torch.device, *, batch_invar
     if given is not None:
         return given
     return 16384 if device.type == "cuda" else 2048
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on a GPU or (where PyTorch has no error class of its own) on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def stack_directions(model: nn.Module, directions: Sequence[Direction]) -> dict[str, Tensor]:
@@ -124,7 +129,7 @@ class DerivativePass:
         stacked = stack_directions(model, directions)
         self.count = len(directions)
         self.double = all(p.dtype == torch.float64 for p in model.parameters() if p.is_floating_point())
-        names = {id(p): name for name, p in model.named_parameters()}
+        names = parameter_names(model)
         head = self.decoder.head
         self._dweight = stacked.get(names[id(head.weight)]) if head else None
         self._dbias = stacked.get(names[id(head.bias)]) if head and head.bias is not None else None
@@ -198,7 +203,7 @@ class DerivativePass:
         assert head is not None
         part = None
         with torch.no_grad():
-            rows = h[packed.rows] * head.scale if head.scale != 1.0 else h[packed.rows]
+            rows = head.inputs(h, packed)
             own = (rows, head.weight, packed.target)
             if (self._dweight is None and self._dbias is None) or self._low_rank_head:
                 logp, lse = ops.linear_logprob(*own, head.bias, head.softcap)

@@ -13,11 +13,17 @@ from torch import Tensor, nn
 from u2a_fast import ops
 from u2a_fast.data.packing import Example, Packed, batched
 from u2a_fast.data.sharing import shared_batches
-from u2a_fast.influence.derivatives import DerivativeBatch, Direction, cast_parameters, stack_directions
+from u2a_fast.influence.derivatives import (
+    DerivativeBatch,
+    Direction,
+    cast_parameters,
+    is_out_of_memory,
+    stack_directions,
+)
 from u2a_fast.models.decoder import Decoder, check_packing, check_reduction, probe_examples, reduce_tokens
 from u2a_fast.models.fused import fused_tangents
-from u2a_fast.models.parameters import evaluation_mode
-from u2a_fast.models.tangents import dual_parameters, split_dual
+from u2a_fast.models.parameters import evaluation_mode, parameter_names
+from u2a_fast.models.tangents import DualParameters, split_dual
 
 __all__ = ["ForwardPass"]
 
@@ -53,10 +59,11 @@ class ForwardPass:
         self.count = len(directions)
         parameters = dict(model.named_parameters())
         self.double = all(p.dtype == torch.float64 for p in parameters.values() if p.is_floating_point())
-        self._tangents = [
-            {name: v[k].to(dtype or parameters[name].dtype) for name, v in stacked.items()} for k in range(self.count)
+        self._duals = [
+            DualParameters(model, {n: v[k].to(dtype or parameters[n].dtype) for n, v in stacked.items()})
+            for k in range(self.count)
         ]
-        names = {id(p): name for name, p in model.named_parameters()}
+        names = parameter_names(model)
         head = self.decoder.head
         self._head_names = (names[id(head.weight)], names.get(id(head.bias))) if head else (None, None)
         with evaluation_mode(model):
@@ -68,7 +75,7 @@ class ForwardPass:
             with self.running():
                 self(probe_examples(self.decoder))
         except (NotImplementedError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if is_out_of_memory(error):
                 raise
             raise NotImplementedError(
                 f'[forward] {type(self.decoder.lm).__name__} does not run in forward mode, use mode="reverse": {error}'
@@ -91,34 +98,34 @@ class ForwardPass:
         out_dtype = torch.float64 if self.double else torch.float32
         with torch.no_grad():
             rows = []
-            for tangents in self._tangents:
-                logp, jvp = self._one(packed, tangents)
+            for duals in self._duals:
+                logp, jvp = self._one(packed, duals)
                 rows.append(jvp)
             if not rows:
-                logp, _ = self._one(packed, {})
+                logp, _ = self._one(packed, DualParameters(self.model, {}))
             by_token = -torch.stack(rows) if rows else logp.new_zeros(0, len(logp))
             derivatives = reduce_tokens(by_token, packed, self.reduction)
             nll = -reduce_tokens(logp[None], packed, self.reduction)[0]
         return DerivativeBatch(derivatives.to(out_dtype), nll, torch.tensor(packed.scored), by_token=by_token)
 
-    def _one(self, packed: Packed, tangents: Direction) -> tuple[Tensor, Tensor]:
+    def _one(self, packed: Packed, duals: DualParameters) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the scored tokens and their tangents, (M) and (M)."""
-        with dual_parameters(self.model, tangents):
+        with duals.active():
             hidden = self.decoder.hidden(packed)
             if self.decoder.head is None:
                 logp, jvp = split_dual(self.decoder.materialized_logprobs(hidden[packed.rows], packed.target))
                 return logp, torch.zeros_like(logp) if jvp is None else jvp
             h, dh = split_dual(hidden)
-        return self._head(h, dh, packed, tangents)
+        return self._head(h, dh, packed, duals.direction)
 
-    def _head(self, h: Tensor, dh: Tensor | None, packed: Packed, tangents: Direction) -> tuple[Tensor, Tensor]:
+    def _head(self, h: Tensor, dh: Tensor | None, packed: Packed, direction: Direction) -> tuple[Tensor, Tensor]:
         head = self.decoder.head
         assert head is not None
         weight_name, bias_name = self._head_names
-        rows = h[packed.rows] * head.scale if head.scale != 1.0 else h[packed.rows]
-        drows = None if dh is None else (dh[packed.rows] * head.scale if head.scale != 1.0 else dh[packed.rows])[None]
-        dweight = tangents.get(weight_name or "")
-        dbias = tangents.get(bias_name or "")
+        rows = head.inputs(h, packed)
+        drows = None if dh is None else head.inputs(dh, packed)[None]
+        dweight = direction.get(weight_name or "")
+        dbias = direction.get(bias_name or "")
         if drows is None and dweight is None:
             drows = torch.zeros_like(rows)[None]
         logp, _, jvp = ops.linear_logprob_jvp(

@@ -22,7 +22,7 @@ from u2a_fast.influence.lowrank import linear_weights
 from u2a_fast.influence.routes import directional_derivatives, run_batches
 from u2a_fast.models.capture import Capture
 from u2a_fast.models.decoder import Decoder, reduce_tokens
-from u2a_fast.models.parameters import selected_parameters
+from u2a_fast.models.parameters import parameter_names, selected_parameters
 from u2a_fast.models.projection import Projection, Sketch, two_sided
 from u2a_fast.store.fingerprint import hash_examples, hash_model
 from u2a_fast.store.gradients import GradientShards
@@ -80,7 +80,7 @@ class _ProjectionPass:
         self.count = self.projections.width
         with self.running():
             self._capture = Capture(self.decoder, {}, self.projections.by_name)
-        name_of = {id(p): name for name, p in model.named_parameters()}
+        name_of = parameter_names(model)
         self._name_of = {site.path: name_of[id(site.module.weight)] for site in self._capture.sites}
 
     def batches(self, examples: Sequence[Example], token_budget: int) -> list[tuple[list[int], list[Example]]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from u2a_fast.models.decoder import Decoder
 from u2a_fast.models.kinds import Kind, kind_of
 from u2a_fast.models.low_rank import BoundedLowRank, LowRank, Spectrum
+from u2a_fast.models.parameters import parameter_names
 
 __all__ = ["Approximation", "check_rank", "linear_weights", "spectra", "spectral_norm_bound", "truncate"]
 
@@ -54,7 +55,7 @@ def check_rank(rank: int) -> int:
 
 def linear_weights(decoder: Decoder) -> dict[str, bool]:
     """Names of weights that are used by linear layers alone, the LM head apart -> whether they are stored (I, O)."""
-    name_of = {id(p): name for name, p in decoder.model.named_parameters()}
+    name_of = parameter_names(decoder.model)
     uses: dict[str, set[Kind | None]] = {}
     for module in decoder.model.modules():
         is_head = module is decoder.head_module and decoder.head is not None
@@ -145,8 +146,7 @@ def _worthwhile(v: Tensor, rank: int | None) -> int | None:
 
 
 def _head_name(decoder: Decoder) -> str:
-    weight = decoder.head.weight if decoder.head else None
-    return next((name for name, p in decoder.model.named_parameters() if p is weight), "")
+    return parameter_names(decoder.model)[id(decoder.head.weight)] if decoder.head else ""
 
 
 def _squared(v: Tensor) -> float:

@@ -18,10 +18,11 @@ from u2a_fast.influence.derivatives import Approximate, DerivativePass
 from u2a_fast.influence.layers import choose_layers, keep_layers
 from u2a_fast.influence.lowrank import spectra, truncate
 from u2a_fast.influence.ranks import GRID, Profile, RankPlan, plan_ranks
-from u2a_fast.influence.routes import Pass, run_batches
+from u2a_fast.influence.routes import Pass, run_batches, run_parts
 from u2a_fast.influence.scores import Scores, ScoringReport
 from u2a_fast.influence.topk import best, certify, recall_of_shortlist, shortlist_positions, unlisted_sample
 from u2a_fast.models.capture import Capture
+from u2a_fast.models.parameters import parameter_names
 from u2a_fast.statistics import spearman
 
 __all__ = ["EXACT_MODES", "FRACTIONS", "MODES", "Run", "check_mode", "score", "topk"]
@@ -158,22 +159,12 @@ def _shortlist(run: Run, rank: int, fraction: float) -> Scores:
 def _layers(run: Run, fraction: float) -> Scores:
     n = len(run.items)
     if ("layers", fraction) not in run.memo:
-        chosen = choose_layers(_parts(run, np.arange(min(n, LAYER_SAMPLE))), fraction)
+        parts = run_parts(run.make(None), run.items[:LAYER_SAMPLE], run.token_budget)
+        chosen = choose_layers({path: part.cpu().numpy() for path, part in parts.items()}, fraction)
         run.memo["layers", fraction] = chosen, run.make(partial(keep_layers, choice=chosen))
     choice, passes = run.memo["layers", fraction]
     report = ScoringReport("layers", n, layers=choice.blocks, share=choice.share, spearman=choice.spearman)
     return run.scores(run.evaluate(passes), np.zeros(n, dtype=bool), report)
-
-
-def _parts(run: Run, positions: np.ndarray) -> dict[str, np.ndarray]:
-    """Exact parts (m) of the derivatives by module path, in the order of the modules' calls."""
-    passes = run.make(None)
-    found: dict[str, np.ndarray] = {}
-    with passes.running():
-        for at, out in run_batches(passes, [run.items[int(i)] for i in positions], run.token_budget):
-            for path, part in out.parts.items():
-                found.setdefault(path, np.zeros(len(positions)))[at] = part[0].cpu().numpy()
-    return found
 
 
 def topk(run: Run, k: int, *, rank: int | None, certified: bool) -> Scores:
@@ -219,7 +210,7 @@ def _profiles(run: Run, positions: np.ndarray, slope: np.ndarray) -> dict[str, P
     passes = run.make(None)
     directions = passes.approximation.kept
     found = spectra(passes.decoder, directions, GRID)
-    name_of = {id(p): name for name, p in passes.decoder.model.named_parameters()}
+    name_of = parameter_names(passes.decoder.model)
     names = {
         path: name_of[id(p)]
         for path, module in passes.decoder.model.named_modules()

@@ -11,12 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from u2a_fast.data.packing import Example
-from u2a_fast.influence.derivatives import DerivativeBatch, DerivativePass, Direction, resolve_token_budget
+from u2a_fast.influence.derivatives import (
+    DerivativeBatch,
+    DerivativePass,
+    Direction,
+    is_out_of_memory,
+    resolve_token_budget,
+)
 from u2a_fast.influence.forward import ForwardPass
 from u2a_fast.influence.lowrank import check_rank, truncate
 from u2a_fast.models.decoder import Decoder
 
-__all__ = ["MODES", "Choice", "Pass", "directional_derivatives", "make_pass", "run_batches"]
+__all__ = ["MODES", "Choice", "Pass", "directional_derivatives", "make_pass", "run_batches", "run_parts"]
 
 MODES = ("auto", "forward", "reverse", "lowrank")
 
@@ -80,10 +86,6 @@ def make_pass(
     return DerivativePass(model, directions, reduction=reduction, dtype=dtype), Choice("reverse", reason)
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
 def run_batches(
     passes: Pass, examples: Sequence[Example], token_budget: int
 ) -> Iterator[tuple[list[int], DerivativeBatch]]:
@@ -98,7 +100,7 @@ def run_batches(
         try:
             result = passes(batch)
         except RuntimeError as error:
-            if not _is_out_of_memory(error) or len(batch) == 1:
+            if not is_out_of_memory(error) or len(batch) == 1:
                 raise
         if result is not None:
             yield positions, result
@@ -112,6 +114,16 @@ def run_batches(
         left = sorted(i for rest, _ in [(positions, batch), *pending] for i in rest)
         plan = passes.batches([examples[i] for i in left], token_budget)
         pending = [([left[i] for i in rest], again) for rest, again in plan]
+
+
+def run_parts(passes: DerivativePass, examples: Sequence[Example], token_budget: int) -> dict[str, Tensor]:
+    """Every module's share of the first direction's derivatives, (B) float64 by path, in the order of their calls."""
+    found: dict[str, Tensor] = {}
+    with passes.running():
+        for positions, result in run_batches(passes, examples, token_budget):
+            for path, part in result.parts.items():
+                found.setdefault(path, part.new_zeros(len(examples)))[positions] = part[0]
+    return found
 
 
 def directional_derivatives(

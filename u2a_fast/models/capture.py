@@ -16,6 +16,7 @@ from u2a_fast.data.packing import Packed
 from u2a_fast.models.contractions import Factors, Site, contraction
 from u2a_fast.models.decoder import Decoder, probe_examples
 from u2a_fast.models.kinds import Kind, kind_of
+from u2a_fast.models.parameters import parameter_names
 
 __all__ = ["Capture"]
 
@@ -142,7 +143,7 @@ def _check_unchanged(site: Site, own: Tensor, out: Tensor) -> None:
 
 
 def _find_sites(decoder: Decoder, directions: Mapping[str, Tensor], factors: Mapping[str, Factors]) -> list[Site]:
-    name_of = {id(p): name for name, p in decoder.model.named_parameters()}
+    name_of = parameter_names(decoder.model)
     sites, seen = [], set()
     for path, module in decoder.model.named_modules():
         if module is decoder.head_module and decoder.head is not None:

@@ -34,6 +34,11 @@ class Head:
     scale: float
     softcap: float
 
+    def inputs(self, h: Tensor, packed: Packed) -> Tensor:
+        """What W^T multiplies: the scored tokens' rows of hidden states (N, D), scaled, (M, D)."""
+        rows = h[packed.rows]
+        return rows * self.scale if self.scale != 1.0 else rows
+
 
 class Decoder:
     """The decoder and the head of a causal LM; the LM itself stays as it is.
@@ -140,11 +145,11 @@ class Decoder:
 
     def token_logprobs(self, packed: Packed) -> Tensor:
         """log p of every scored token, (M), differentiable; float64 for a float64 model, else float32."""
-        h = self.hidden(packed)[packed.rows]
+        h = self.hidden(packed)
         if self.head is None:
-            return self.materialized_logprobs(h, packed.target)
-        scaled = h * self.scale if self.scale != 1.0 else h
-        return ops.linear_logprob(scaled, self.head.weight, packed.target, self.head.bias, self.softcap)[0]
+            return self.materialized_logprobs(h[packed.rows], packed.target)
+        rows = self.head.inputs(h, packed)
+        return ops.linear_logprob(rows, self.head.weight, packed.target, self.head.bias, self.softcap)[0]
 
 
 def _length_dependent_rope(config: Any) -> int | None:

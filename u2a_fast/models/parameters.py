@@ -9,9 +9,14 @@ from torch import nn
 
 from u2a_fast.models.kinds import Kind, kind_of
 
-__all__ = ["KINDS", "evaluation_mode", "selected_parameters"]
+__all__ = ["KINDS", "evaluation_mode", "parameter_names", "selected_parameters"]
 
 KINDS = ("linear", "bias", "norm", "embedding", "lm_head", "lora")
+
+
+def parameter_names(model: nn.Module) -> dict[int, str]:
+    """id of every parameter -> its name in ``model.named_parameters()``, which names tied ones once."""
+    return {id(p): name for name, p in model.named_parameters()}
 
 
 def _kinds(model: nn.Module) -> dict[int, set[str]]:

@@ -13,8 +13,9 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from u2a_fast.models.kinds import Kind, kind_of
+from u2a_fast.models.parameters import parameter_names
 
-__all__ = ["dual_parameters", "has_tangent", "split_dual"]
+__all__ = ["DualParameters", "has_tangent", "split_dual"]
 
 
 class _Linear(torch.autograd.Function):
@@ -43,9 +44,8 @@ def _linear_forward(module: nn.Module) -> Any:
     return lambda input: _Linear.apply(input, module.weight, module.bias)
 
 
-@contextmanager
-def dual_parameters(model: nn.Module, direction: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give every parameter named in ``direction`` that entry as its tangent, for the duration of the block.
+class DualParameters:
+    """A direction prepared once as the tangents of a model's parameters, for many passes.
 
     The tangent of an embedding's padding row is zero, as its gradient is. Linear layers without a replaced forward run
     through ``_Linear``.
@@ -54,31 +54,39 @@ def dual_parameters(model: nn.Module, direction: Mapping[str, Tensor]) -> Iterat
         model: left as it was found.
         direction: parameter names of ``model`` -> tangents of the parameters' shapes and dtypes.
     """
-    names = {id(p): name for name, p in model.named_parameters()}
-    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
-    shortened: list[nn.Module] = []
-    try:
-        with forward_ad.dual_level():
-            for module in list(model.modules()):
-                for key, p in list(module._parameters.items()):
-                    tangent = direction.get(names[id(p)]) if p is not None else None
-                    if p is None or tangent is None:
-                        continue
-                    padding = getattr(module, "padding_idx", None)
-                    if kind_of(module) is Kind.EMBEDDING and padding is not None:
-                        tangent = tangent.index_fill(0, torch.tensor([padding], device=tangent.device), 0)
-                    replaced.append((module, key, p))
+
+    def __init__(self, model: nn.Module, direction: Mapping[str, Tensor]) -> None:
+        self.direction = direction
+        self._sites: list[tuple[nn.Module, str, nn.Parameter, Tensor]] = []
+        self._linears = [module for module in model.modules() if type(module).forward is nn.Linear.forward]
+        names = parameter_names(model)
+        for module in model.modules():
+            padding = getattr(module, "padding_idx", None) if kind_of(module) is Kind.EMBEDDING else None
+            for key, p in module.named_parameters(recurse=False, remove_duplicate=False):
+                tangent = direction.get(names[id(p)])
+                if tangent is None:
+                    continue
+                if padding is not None:
+                    tangent = tangent.index_fill(0, torch.tensor([padding], device=tangent.device), 0)
+                self._sites.append((module, key, p, tangent))
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """The parameters carry their tangents for the duration of the block."""
+        shortened = [module for module in self._linears if "forward" not in vars(module)]
+        try:
+            with forward_ad.dual_level():
+                for module, key, p, tangent in self._sites:
                     dual: Any = forward_ad.make_dual(p.detach(), tangent)
                     module._parameters[key] = dual
-                if type(module).forward is nn.Linear.forward and "forward" not in vars(module):
+                for module in shortened:
                     module.forward = _linear_forward(module)
-                    shortened.append(module)
-            yield
-    finally:
-        for module, key, p in replaced:
-            module._parameters[key] = p
-        for module in shortened:
-            del module.forward
+                yield
+        finally:
+            for module, key, p, _ in self._sites:
+                module._parameters[key] = p
+            for module in shortened:
+                module.__dict__.pop("forward", None)
 
 
 def split_dual(x: Tensor) -> tuple[Tensor, Tensor | None]:
