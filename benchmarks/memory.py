@@ -1,11 +1,11 @@
-"""Peak memory of scoring, beyond weights and directions, as the vocabulary or the number of negatives grows.
+"""Peak memory of scoring, beyond weights and directions, as vocabulary, layers or the number of negatives grow.
 
-    python -m benchmarks.memory [--only vocabulary|negatives] [--sizes 4000,32000,128000] [--out rows.jsonl]
+    python -m benchmarks.memory [--only vocabulary|layers|negatives] [--sizes 4000,32000,128000] [--out rows.jsonl]
 
 Every point runs in a process of its own. Once model, directions and libraries are in memory (a short example has been
 scored), the kernel's high-water mark of the resident set is reset; what it has risen by when scoring ends is the peak.
-Linux only: it takes /proc/self/clear_refs. The gate: scores agree with float64 autograd (vocabulary), and the file
-holds every negative and the scores of a direct call (negatives).
+Linux only: it takes /proc/self/clear_refs. The gate: scores agree with float64 autograd (vocabulary, layers), and
+the file holds every negative and the scores of a direct call (negatives).
 """
 
 import argparse
@@ -30,6 +30,7 @@ from benchmarks.workloads import TokenExample, Workload, llama, random_examples,
 from u2a_fast.bench.rows import Row, make_row, write_rows
 from u2a_fast.data.packing import batched
 from u2a_fast.influence.derivatives import DerivativePass
+from u2a_fast.influence.forward import ForwardPass
 from u2a_fast.influence.objectives import SFT
 from u2a_fast.influence.scorer import InfluenceScorer
 from u2a_fast.models.decoder import Decoder
@@ -37,7 +38,7 @@ from u2a_fast.store import read_scores, score_to_parquet
 
 __all__ = ["main", "point"]
 
-SIZES = {"vocabulary": (4_000, 32_000, 128_000), "negatives": (1_000, 10_000)}
+SIZES = {"vocabulary": (4_000, 32_000, 128_000), "layers": (4, 8, 16, 32), "negatives": (1_000, 10_000)}
 TOKEN_BUDGET = 2048
 AGREEMENT = 1e-4
 TINY_VOCABULARY = 256
@@ -85,6 +86,27 @@ def _vocabulary_point(size: int) -> dict[str, Any]:
     }
 
 
+def _layers_point(size: int) -> dict[str, Any]:
+    """One batch of 16 examples of 128 tokens, width 256: the peaks of the forward and of the reverse route."""
+    workload = llama(16, hidden=256, layers=size, ffn=768, heads=4, vocabulary=4000)
+    direction = workload.direction()
+    peaks, errors = {}, []
+    for name, route in (("forward", ForwardPass), ("reverse", DerivativePass)):
+        passes = route(workload.model, [direction])
+        found: list[torch.Tensor] = []
+        with passes.running():
+            passes(workload.examples[:1])
+            peak = _peak(lambda p=passes, out=found: out.append(p(workload.examples).derivatives[0]))
+        peaks[f"{name}_mib"] = peak / MIB
+        errors.append(_disagreement(workload, direction, found[0][:2]))
+    return {
+        "size": size,
+        **peaks,
+        "passed": max(errors) <= AGREEMENT,
+        "gate": f"scores of 2 examples within {max(errors):.1e} (relative) of float64 autograd",
+    }
+
+
 def _disagreement(workload: Workload, direction: dict[str, torch.Tensor], scores: torch.Tensor) -> float:
     return score_error(scores, float64_scores(workload.model, direction, workload.examples[: len(scores)]))
 
@@ -116,7 +138,7 @@ def _negatives_point(size: int) -> dict[str, Any]:
     }
 
 
-POINTS = {"vocabulary": _vocabulary_point, "negatives": _negatives_point}
+POINTS = {"vocabulary": _vocabulary_point, "layers": _layers_point, "negatives": _negatives_point}
 
 
 def point(axis: str, size: int) -> dict[str, Any]:

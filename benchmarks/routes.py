@@ -30,7 +30,7 @@ from peft import LoraConfig, get_peft_model
 from benchmarks.baselines import PublicProcedure, forward_full_head, score_error
 from benchmarks.workloads import Workload, hh, hh_missing, llama
 from u2a_fast.bench.rows import Row, make_row, write_rows
-from u2a_fast.bench.timing import once, ratios
+from u2a_fast.bench.timing import in_turns, ratios
 from u2a_fast.data.packing import IGNORE_INDEX, Example, batched
 from u2a_fast.influence.derivatives import Direction
 from u2a_fast.influence.forward import ForwardPass
@@ -102,10 +102,7 @@ def measure(
             "pass": partial(forward_full_head, decoder),
             **{n: run for n, run in contestants.items() if n not in failed},
         }
-        times: dict[str, list[float]] = {n: [] for n in timed}
-        for i in range(rounds * len(blocks)):
-            for n in list(times)[:: 1 if i % 2 == 0 else -1]:
-                times[n].append(once(partial(timed[n], blocks[i % len(blocks)])))
+        times = in_turns(timed, blocks, rounds=rounds)
     total = {n: sum(samples) for n, samples in times.items()}
     values = {
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -32,7 +32,7 @@ from benchmarks.baselines import (
 from benchmarks.workloads import HH_TOKENS, Workload, hh, hh_missing, llama
 from u2a_fast.bench.machine import has_cpu_flag
 from u2a_fast.bench.rows import Row, make_row, write_rows
-from u2a_fast.bench.timing import once, ratios
+from u2a_fast.bench.timing import in_turns, once, ratios
 from u2a_fast.data.packing import Example, batched
 from u2a_fast.influence.derivatives import DerivativePass
 from u2a_fast.influence.lowrank import truncate
@@ -119,10 +119,7 @@ def measure(workload: Workload, *, rounds: int, public: bool) -> Row:
         if not judged["spearman_bf16"] >= RANKING:
             del contestants["bf16"]
         blocks = [batch for _, batch in batched(workload.examples, TOKEN_BUDGET)]
-        times: dict[str, list[float]] = {name: [] for name in contestants}
-        for i in range(rounds * len(blocks)):
-            for name in list(times)[:: 1 if i % 2 == 0 else -1]:
-                times[name].append(once(partial(contestants[name], blocks[i % len(blocks)])))
+        times = in_turns(contestants, blocks, rounds=rounds)
     gate = (
         f"float32 scores of {judged['checked']} examples within {judged['relative_error']:.1e} (relative) of "
         f"float64 autograd; Spearman of bfloat16 against float32 {judged['spearman_bf16']:.5f}"

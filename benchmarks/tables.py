@@ -180,12 +180,22 @@ def _routes(rows: list[Row]) -> str:
 
 def _memory(rows: list[Row]) -> str:
     parts = []
-    vocabulary = sorted((row for row in rows if row["axis"] == "vocabulary"), key=lambda row: row["size"])
-    negatives = sorted((row for row in rows if row["axis"] == "negatives"), key=lambda row: row["size"])
+    vocabulary, layers, negatives = (
+        sorted((row for row in rows if row["axis"] == axis), key=lambda row: row["size"])
+        for axis in ("vocabulary", "layers", "negatives")
+    )
+    routes = ("forward_mib", "reverse_mib")
     keys = ("peak_mib", "plain_forward_mib", "logits_mib", "weights_mib")
     if vocabulary:
         header = ("vocabulary", "scoring, MiB", "plain forward pass, MiB", "logits alone, MiB", "weights, MiB")
         lines = [(f"{row['size']:,}", *(f"{row[key]:,.0f}" for key in keys)) for row in vocabulary]
+        parts.append(_grid(header, lines))
+    if layers:
+        header = ("layers", "forward route, MiB", "reverse route, MiB", "forward over reverse")
+        lines = [
+            (f"{row['size']:,}", *(f"{row[key]:,.0f}" for key in routes), f"{row[routes[0]] / row[routes[1]]:.2f}")
+            for row in layers
+        ]
         parts.append(_grid(header, lines))
     if negatives:
         lines = [(f"{row['size']:,}", f"{row['peak_mib']:,.0f}") for row in negatives]

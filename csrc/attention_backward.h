@@ -68,7 +68,7 @@ class KeyGradients {
 
  private:
   static void write_row(const S* from, int64_t width, T* to) {
-    for (int64_t c = 0; c < width; c += kLanes<S>) store_rounded<S>(to + c, load(from + c), width - c);
+    for (int64_t c = 0; c < width; c += kLanes<S>) store_rounded(to + c, load(from + c), width - c);
   }
 
   const AttentionBackward& op_;

@@ -15,18 +15,6 @@ View<T> head_rows(const Heads& x, int64_t direction, int64_t token, int64_t head
   return {static_cast<const T*>(x.data) + skipped, x.token, 1};
 }
 
-// The first `count` lanes of x, rounded to T.
-template <class S, class T>
-inline void store_rounded(T* to, Vec<S> x, int64_t count) {
-  if (count < kLanes<S>) {
-    for (int64_t c = 0; c < count; ++c) convert(S(x[c]), to + c);
-  } else if constexpr (sizeof(T) == sizeof(S)) {
-    store(to, x);
-  } else {
-    store(to, narrow(x, T{}));
-  }
-}
-
 // Writes `count` of NR columns, `features` long, as rows `stride` apart; finish(x, column, row) has the last word on W
 // lanes of columns from `column` on.
 template <class S, int NR, class T, class Finish>
@@ -39,10 +27,10 @@ void write_transposed(const S* columns, int64_t features, int64_t count, T* to, 
       transpose(square);
       T* corner = to + c * stride + f;
       if (count - c >= W && features - f >= W) {
-        for (int t = 0; t < W; ++t) store_rounded<S>(corner + t * stride, square[t], W);
+        for (int t = 0; t < W; ++t) store_rounded(corner + t * stride, square[t]);
       } else {
         for (int64_t t = 0; t < smaller<int64_t>(W, count - c); ++t)
-          store_rounded<S>(corner + t * stride, square[t], features - f);
+          store_rounded(corner + t * stride, square[t], features - f);
       }
     }
   }

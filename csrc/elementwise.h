@@ -9,16 +9,6 @@
 namespace u2a {
 namespace {
 
-inline void store_as(float* p, VecF x) { store(p, x); }
-inline void store_as(double* p, Vec<double> x) { store(p, x); }
-inline void store_as(BFloat16* p, VecF x) {
-  const HalfVecU16 half = __builtin_convertvector(round_to_bf16(x), HalfVecU16);
-  std::memcpy(p, &half, sizeof(half));
-}
-inline void store_as(Float16* p, VecF x) {
-  for (int j = 0; j < kLanes<float>; ++j) convert(x[j], p + j);
-}
-
 // Calls step(column, load, store) for every vector of a row of `columns`; the last one may be partial, and then passes
 // through memory of its own, with zeros behind the row's end.
 template <class T, class Step>
@@ -27,7 +17,7 @@ inline void for_vectors(int64_t columns, const Step& step) {
   constexpr int W = kLanes<S>;
   int64_t c = 0;
   for (; c + W <= columns; c += W)
-    step(c, [](const auto* p) { return load(p); }, [](T* p, Vec<S> x) { store_as(p, x); });
+    step(c, [](const auto* p) { return load(p); }, [](T* p, Vec<S> x) { store_rounded(p, x); });
   const int64_t rest = columns - c;
   if (rest <= 0) return;
   const auto part = [=](const auto* p) {
@@ -35,11 +25,7 @@ inline void for_vectors(int64_t columns, const Step& step) {
     std::memcpy(padded, p, rest * sizeof(*p));
     return load(padded);
   };
-  step(c, part, [=](T* p, Vec<S> x) {
-    T padded[W];
-    store_as(padded, x);
-    std::memcpy(p, padded, rest * sizeof(T));
-  });
+  step(c, part, [=](T* p, Vec<S> x) { store_rounded(p, x, rest); });
 }
 
 template <class T>

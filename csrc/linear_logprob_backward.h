@@ -12,10 +12,6 @@ namespace {
 
 constexpr int64_t kChunkRows = 2048;
 
-inline void store_intermediate(float* p, VecF x) { store(p, x); }
-inline void store_intermediate(double* p, Vec<double> x) { store(p, x); }
-inline void store_intermediate(BFloat16* p, VecF x) { store(p, narrow(x, BFloat16{})); }
-
 template <class E, class T>
 class HeadBackward {
   using S = typename E::Accumulate;
@@ -90,7 +86,7 @@ class HeadBackward {
       if (target >= 0 && target < columns) target_.template as<S>()[r + t] = grad_logp[row] * slopes[target];
       Z* dz = dz_.template as<Z>() + (r + t) * kTileColumns;
       for (int64_t c = 0; c < columns; c += kLanes<S>)
-        store_intermediate(dz + c, Vec<S>(load(z + c) * load(slopes + c)));
+        store_rounded(dz + c, Vec<S>(load(z + c) * load(slopes + c)));
     }
   }
 

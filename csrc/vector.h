@@ -147,6 +147,24 @@ inline HalfVecU16 narrow(VecF x, Float16) {
   return __builtin_convertvector(half | ((bits >> 16) & 0x8000u), HalfVecU16);
 }
 
+// W lanes, rounded to the type of the destination.
+inline void store_rounded(float* p, VecF x) { store(p, x); }
+inline void store_rounded(double* p, Vec<double> x) { store(p, x); }
+template <class H>
+inline void store_rounded(H* p, VecF x) {
+  store(p, narrow(x, H{}));
+}
+
+// The first `count` of them.
+template <class T, class V>
+inline void store_rounded(T* p, V x, int64_t count) {
+  constexpr int64_t W = sizeof(x) / sizeof(x[0]);
+  if (count >= W) return store_rounded(p, x);
+  T padded[W];
+  store_rounded(padded, x);
+  std::memcpy(p, padded, count * sizeof(T));
+}
+
 inline void convert(float x, float* y) { *y = x; }
 inline void convert(double x, double* y) { *y = x; }
 template <class H>

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+LONGEST = ("test_in_the_interpreter", "test_every_kernel_compiles", "test_a_small_run_shows_what_the_demo_claims")
+
 
 def pytest_configure() -> None:
     """Workers that run side by side share the cores, and so do the processes that their tests start."""
@@ -14,6 +16,11 @@ def pytest_configure() -> None:
         threads = max(1, (os.cpu_count() or 1) // workers)
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, so that no worker begins one when the others have ended."""
+    items.sort(key=lambda item: item.name.partition("[")[0] not in LONGEST)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """Forward mode: prompts shared, modules that only it understands, the choice of the route, batches that do not fit."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -165,3 +165,75 @@ def test_an_example_that_does_not_fit_alone_ends_in_its_error() -> None:
     passes = ForwardPass(model, [tiny.direction(model)])
     with passes.running(), pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="do not fit"):
         list(run_batches(_Small(passes, 2, torch.OutOfMemoryError, "CUDA out of memory"), tiny.examples(4), 40))
+
+
+class _Rounded(torch.autograd.Function):
+    """x W^T with W stored in 8 bits, and no forward mode, as quantized layers come."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight, scale)
+        return x @ (weight.to(x.dtype) * scale).T
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        weight, scale = ctx.saved_tensors
+        return grad @ (weight.to(grad.dtype) * scale), None, None
+
+
+class _Quantized(nn.Module):
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.bias = nn.Parameter(torch.linspace(-1, 1, self.out_features, dtype=scale.dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Rounded.apply(x, self.weight, self.scale) + self.bias
+
+
+def test_a_quantized_base_runs_in_forward_mode() -> None:
+    model, batch = tiny.build("llama"), tiny.examples(5)
+    for layer in model.model.layers:
+        layer.mlp.down_proj = _Quantized(layer.mlp.down_proj)
+        layer.self_attn.q_proj = _Quantized(layer.self_attn.q_proj)
+    names = {name for name, p in model.named_parameters() if p.is_floating_point() and "_proj.bias" not in name}
+    v = {name: x for name, x in tiny.direction(tiny.build("llama")).items() if name in names}
+    passes, choice = make_pass(model, [v])
+    assert choice.mode == "forward"
+    forward, reverse = (u2a_fast.directional_derivatives(model, batch, v, mode=mode) for mode in ("forward", "reverse"))
+    torch.testing.assert_close(forward, reverse, rtol=1e-6, atol=1e-8)
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert "model.layers.0.mlp.down_proj" not in passes.explain()
+
+
+def test_explains_every_module_of_a_direction() -> None:
+    model = tiny.build("llama", torch.float32)
+    v = tiny.direction(model)
+    forward, reverse = (make_pass(model, [v], mode=mode)[0].explain() for mode in ("forward", "reverse"))
+    held = {path for path, module in model.named_modules() if list(module.parameters(recurse=False))}
+    gated = {f"model.layers.{i}.mlp" for i in range(2)}
+    assert set(reverse) == held and set(forward) == held | gated
+    assert forward["model.norm"] == "rms_norm_jvp" and forward["model.layers.0.mlp"] == "glu_jvp"
+    assert reverse["model.layers.0.mlp.up_proj"] == "ghost_dot" and reverse["lm_head"] == "linear_logprob_jvp"
+    assert make_pass(model, [v], mode="lowrank", rank=3)[0].explain()["lm_head"].endswith("rank 3")
+    assert make_pass(model, [v, v])[0].explain()["lm_head"].startswith("ghost_dot")
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_shards_are_refused_by_name(one_rank: None) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model, batch = tiny.build("llama", torch.float32), tiny.examples(2)
+    v = tiny.direction(model)
+    fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
+    with pytest.raises(NotImplementedError, match="expected whole parameters, got shards"):
+        u2a_fast.directional_derivatives(model, batch, v)

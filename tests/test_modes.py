@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import u2a_fast
-from u2a_fast.influence import lowrank
+from u2a_fast.influence import lowrank, modes
 from u2a_fast.influence.derivatives import DerivativePass
 from u2a_fast.influence.layers import choose_layers
 from u2a_fast.influence.modes import _plan
@@ -289,3 +289,27 @@ def test_resuming_gives_the_same_bytes(mode: str, tmp_path) -> None:
 def test_a_shortlist_is_not_scored_by_windows(tmp_path) -> None:
     with pytest.raises(ValueError, match="ranks all negatives at once"):
         score_to_parquet(scorer(mode="shortlist"), negatives(4), tmp_path)
+
+
+def test_16_bit_scores_are_held_against_float32_on_a_sample() -> None:
+    half = scorer(dtype=torch.bfloat16)
+    first = half.score(negatives(20)).report
+    assert first is not None and first.float32_spearman is not None and 0.9 < first.float32_spearman <= 1
+    assert (first.route, first.mode) == ("forward", "exact") and "one direction" in str(first.reason)
+    assert half.score(negatives(9)).report.float32_spearman == first.float32_spearman, "measured once"
+    assert scorer().score(negatives(9)).report.float32_spearman is None
+    assert scorer(dtype=torch.bfloat16).score(negatives(3)).report.float32_spearman is None, "too few to rank"
+
+
+def test_no_memory_for_float32_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = scorer(dtype=torch.bfloat16)
+    evaluate = modes.Run.evaluate
+
+    def small(self: modes.Run, passes, positions=None):
+        if passes.dtype == torch.float32:
+            raise torch.OutOfMemoryError("full")
+        return evaluate(self, passes, positions)
+
+    monkeypatch.setattr(modes.Run, "evaluate", small)
+    found = half.score(negatives(9))
+    assert found.report.float32_spearman is None and "float32" in found.report.note and np.isfinite(found.score).all()

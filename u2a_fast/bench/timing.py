@@ -3,14 +3,17 @@
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import TypeVar
 
 import numpy as np
 import torch
 
-__all__ = ["Spread", "Task", "alternate", "once", "ratios"]
+__all__ = ["Spread", "Task", "alternate", "in_turns", "once", "ratios"]
+
+Block = TypeVar("Block")
 
 Task = Callable[[int], object]  # called with a running number, so that a task can rotate among input sets
 
@@ -44,6 +47,22 @@ def once(task: Callable[[], object]) -> float:
     start = time.perf_counter()
     task()
     return time.perf_counter() - start
+
+
+def in_turns(
+    contestants: Mapping[str, Callable[[Block], object]], blocks: Sequence[Block], *, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds that every contestant takes for every block of work, ``rounds`` times over, on the CPU.
+
+    All take a block before anybody goes on to the next; every second time in reverse order.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for i in range(rounds * len(blocks)):
+        for name in list(contestants)[:: 1 if i % 2 == 0 else -1]:
+            start = time.perf_counter()
+            contestants[name](blocks[i % len(blocks)])
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
 
 
 def _loop(task: Task, repeats: int, first: int) -> float:

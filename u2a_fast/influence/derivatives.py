@@ -16,10 +16,11 @@ from u2a_fast import ops
 from u2a_fast.data.packing import Example, Packed, batched
 from u2a_fast.influence.lowrank import Approximation
 from u2a_fast.models.capture import Capture
-from u2a_fast.models.decoder import Decoder, check_packing, check_reduction, reduce_tokens, segment_sum
+from u2a_fast.models.decoder import Decoder, Head, check_packing, check_reduction, reduce_tokens
 from u2a_fast.models.low_rank import LowRankHead
 from u2a_fast.models.norms import short_rms_norms
 from u2a_fast.models.parameters import evaluation_mode, parameter_names
+from u2a_fast.models.tiled_head import TiledHead, tiled_head_is_cheaper
 
 __all__ = ["Approximate", "DerivativeBatch", "DerivativePass", "Direction", "cast_parameters", "stack_directions"]
 
@@ -45,8 +46,20 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
+def check_whole(model: nn.Module) -> None:
+    """Raise NotImplementedError for a model whose parameters are shards (FSDP, tensor parallelism)."""
+    wrapped = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+    if wrapped or any(type(p).__name__ == "DTensor" for p in model.parameters()):
+        raise NotImplementedError(
+            "[model] expected whole parameters, got shards (FSDP or tensor parallelism): a direction would have to be "
+            "sharded and gathered with every one of them. Scores do not depend on each other: give every process a "
+            "whole model, quantized if need be, and its share of the negatives"
+        )
+
+
 def stack_directions(model: nn.Module, directions: Sequence[Direction]) -> dict[str, Tensor]:
     """Directions by parameter name, (K, *shape), absent names zero."""
+    check_whole(model)
     parameters = dict(model.named_parameters())
     stacked = {}
     for name in sorted({name for direction in directions for name in direction}):
@@ -134,12 +147,19 @@ class DerivativePass:
         self._dweight = stacked.get(names[id(head.weight)]) if head else None
         self._dbias = stacked.get(names[id(head.bias)]) if head and head.bias is not None else None
         self.approximation = approximate(self.decoder, stacked) if approximate else Approximation(stacked)
-        self._low_rank_head = None
+        self._head: LowRankHead | TiledHead | None = None
         if head and self.approximation.head:
-            self._low_rank_head = LowRankHead(head, self.approximation.head, self._dbias)
+            self._head = LowRankHead(head, self.approximation.head, self._dbias)
+        elif head and self._takes_tiles(head):
+            self._head = TiledHead(head, self._dweight, self._dbias)
         with evaluation_mode(model):
             check_packing(self.decoder)
             self.capture = Capture(self.decoder, self.approximation.kept, self.approximation.factors)
+
+    def _takes_tiles(self, head: Head) -> bool:
+        if self._dweight is None:
+            return self._dbias is not None
+        return tiled_head_is_cheaper(head, self.count, self.dtype or head.weight.dtype)
 
     @property
     def module_paths(self) -> list[str]:
@@ -147,6 +167,15 @@ class DerivativePass:
         paths = [site.path for site in self.capture.sites]
         head = self._dweight is not None or self._dbias is not None
         return [*paths, self.decoder.head_path] if head else paths
+
+    def explain(self) -> dict[str, str]:
+        """What is done for every module that holds a parameter of the directions, by its path."""
+        found = dict.fromkeys(self.module_paths, "linear_logprob_jvp")
+        if isinstance(self._head, TiledHead):
+            found[self.decoder.head_path] = "ghost_dot, block of the vocabulary by block"
+        if isinstance(self._head, LowRankHead):
+            found[self.decoder.head_path] = f"beside its backward pass, rank {self._head.direction.rank}"
+        return found | {site.path: site.rule for site in self.capture.sites}
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -205,17 +234,16 @@ class DerivativePass:
         with torch.no_grad():
             rows = head.inputs(h, packed)
             own = (rows, head.weight, packed.target)
-            if (self._dweight is None and self._dbias is None) or self._low_rank_head:
+            if self._dweight is None or self._head:
                 logp, lse = ops.linear_logprob(*own, head.bias, head.softcap)
             else:
-                dweight = self._dweight.to(rows.dtype) if self._dweight is not None else self._zero_dweight(head.weight)
                 dbias = self._dbias.to(rows.dtype) if self._dbias is not None else None
+                dweight = self._dweight.to(rows.dtype)
                 logp, lse, jvp = ops.linear_logprob_jvp(*own, None, dweight, head.bias, dbias, head.softcap)
                 part = -reduce_tokens(jvp, packed, self.reduction)
             upstream, dh = weights.to(logp.dtype), None
-            if self._low_rank_head:
-                dh, own_rows = self._low_rank_head.backward(upstream, rows, packed.target, lse)
-                part = segment_sum(own_rows, packed.cu_targets)
+            if self._head:
+                dh, part = self._head.backward(upstream, rows, packed.target, lse, packed.cu_targets)
             elif h.requires_grad:
                 dh, _, _ = torch.ops.u2a_fast.linear_logprob_backward(
                     upstream, torch.zeros_like(upstream), *own, lse, head.bias, head.softcap, True, False
@@ -225,6 +253,3 @@ class DerivativePass:
         if h.requires_grad:
             h.backward(grad)
         return logp, part
-
-    def _zero_dweight(self, weight: Tensor) -> Tensor:
-        return torch.zeros(self.count, *weight.shape, dtype=weight.dtype, device=weight.device)

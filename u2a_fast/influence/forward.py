@@ -21,7 +21,7 @@ from u2a_fast.influence.derivatives import (
     stack_directions,
 )
 from u2a_fast.models.decoder import Decoder, check_packing, check_reduction, probe_examples, reduce_tokens
-from u2a_fast.models.fused import fused_tangents
+from u2a_fast.models.fused import fused_op, fused_tangents
 from u2a_fast.models.parameters import evaluation_mode, parameter_names
 from u2a_fast.models.tangents import DualParameters, split_dual
 
@@ -84,6 +84,18 @@ class ForwardPass:
     def batches(self, examples: Sequence[Example], token_budget: int) -> list[tuple[list[int], list[Example]]]:
         """(positions, examples) of every batch; a shared prompt counts once."""
         return (shared_batches if self.share_prompts else batched)(examples, token_budget)
+
+    def explain(self) -> dict[str, str]:
+        """What carries the tangent of every module that holds a parameter of the directions, by its path."""
+        holders = {module for duals in self._duals for module in duals.modules}
+        head = self.decoder.head_module if self.decoder.head else None
+        found = {}
+        with self.running():
+            for path, module in self.model.named_modules():
+                op = "linear_logprob_jvp" if module is head else fused_op(module)
+                if module in holders or op == "glu_jvp":
+                    found[path] = op or "its own forward-mode rules"
+        return found
 
     @contextmanager
     def running(self) -> Iterator[None]:

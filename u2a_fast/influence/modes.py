@@ -5,7 +5,7 @@ Costs in units of a forward pass (u2a_fast docs/design.md): exact 3, ``lowrank``
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from u2a_fast.data.packing import Example, batched
-from u2a_fast.influence.derivatives import Approximate, DerivativePass
+from u2a_fast.influence.derivatives import Approximate, DerivativePass, is_out_of_memory
 from u2a_fast.influence.layers import choose_layers, keep_layers
 from u2a_fast.influence.lowrank import spectra, truncate
 from u2a_fast.influence.ranks import GRID, Profile, RankPlan, plan_ranks
-from u2a_fast.influence.routes import Pass, run_batches, run_parts
+from u2a_fast.influence.routes import Choice, Pass, run_batches, run_parts
 from u2a_fast.influence.scores import Scores, ScoringReport
 from u2a_fast.influence.topk import best, certify, recall_of_shortlist, shortlist_positions, unlisted_sample
 from u2a_fast.models.capture import Capture
@@ -32,6 +32,8 @@ MODES = (*EXACT_MODES, "lowrank", "shortlist", "layers")
 FRACTIONS = {"shortlist": 0.1, "layers": 0.5}  # where none is given
 PLAN_SAMPLE = 64  # negatives that ranks are planned on: as costly as scoring them twice
 LAYER_SAMPLE = 128  # negatives, the first ones, so that a resumed run chooses the same layers
+LEAST_RANKED = 8  # negatives from which on a rank correlation says something
+FLOAT32_SHARE = 20  # of the negatives at most, where there are many: a float32 score costs four of 16 bits
 NO_PLAN = 4  # below this many samples of negatives, planning costs more than it can save
 
 
@@ -51,19 +53,21 @@ class Run:
 
     Attributes:
         items: n token examples.
-        exact: its exact pass, by whichever route.
+        exact: its exact pass, by whichever route, and why by that.
         make: builds the reverse pass of an approximation (None: of the direction itself).
         slope: d loss / d NLL_i from the NLLs of given positions.
         token_budget: most tokens a batch.
         memo: what later calls of the same scorer use again.
+        float32: its exact pass in float32, where it scores in 16 bits.
     """
 
     items: Sequence[Example]
-    exact: Callable[[], Pass]
+    exact: Callable[[], tuple[Pass, Choice]]
     make: Callable[[Approximate | None], DerivativePass]
     slope: Callable[[Tensor, np.ndarray], Tensor]
     token_budget: int
     memo: dict[Any, Any]
+    float32: Callable[[], Pass] | None = None
 
     def evaluate(self, passes: Pass, positions: np.ndarray | None = None) -> Rows:
         """Rows of the negatives at ``positions``, all by default, in that order."""
@@ -85,7 +89,7 @@ class Run:
 
     def rescore(self, rows: Rows, positions: np.ndarray) -> np.ndarray:
         """Exact scores at ``positions``, written into ``rows`` too."""
-        rows.score[positions] = self.evaluate(self.exact(), positions).score
+        rows.score[positions] = self.evaluate(self.exact()[0], positions).score
         return rows.score[positions]
 
     def scores(self, rows: Rows, exact: np.ndarray, report: ScoringReport, order: np.ndarray | None = None) -> Scores:
@@ -105,15 +109,42 @@ def check_mode(mode: str, fraction: float | None) -> None:
 
 
 def score(run: Run, mode: str, *, rank: int, fraction: float | None) -> Scores:
-    """Every negative by ``mode``."""
+    """Every negative by ``mode``, a sample of them in float32 too where scores are made in 16 bits."""
     if mode == "lowrank":
-        return _low_rank(run, rank)
-    if mode == "shortlist":
-        return _shortlist(run, rank, fraction or FRACTIONS[mode])
-    if mode == "layers":
-        return _layers(run, fraction or FRACTIONS[mode])
+        found = _low_rank(run, rank)
+    elif mode == "shortlist":
+        found = _shortlist(run, rank, fraction or FRACTIONS[mode])
+    elif mode == "layers":
+        found = _layers(run, fraction or FRACTIONS[mode])
+    else:
+        found = _exact(run)
+    if run.float32 is None:
+        return found
+    assert found.report is not None
+    return replace(found, report=replace(found.report, **_against_float32(run, found.score)))
+
+
+def _exact(run: Run) -> Scores:
+    n, (passes, choice) = len(run.items), run.exact()
+    report = ScoringReport("exact", n, route=choice.mode, reason=choice.reason)
+    return run.scores(run.evaluate(passes), np.ones(n, dtype=bool), report)
+
+
+def _against_float32(run: Run, scores: np.ndarray) -> dict[str, Any]:
+    """The report's ``float32_spearman``, measured once a scorer, or a note that memory did not allow it."""
     n = len(run.items)
-    return run.scores(run.evaluate(run.exact()), np.ones(n, dtype=bool), ScoringReport("exact", n))
+    if "float32" not in run.memo and n >= LEAST_RANKED:
+        assert run.float32 is not None
+        size = min(n, max(LEAST_RANKED, min(PLAN_SAMPLE, n // FLOAT32_SHARE)))
+        sample = np.sort(np.random.default_rng(0).choice(n, size, replace=False))
+        try:
+            wide = run.evaluate(run.float32(), sample).score
+            run.memo["float32"] = {"float32_spearman": spearman(scores[sample], wide)}
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            run.memo["float32"] = {"note": "no sample was scored in float32: it did not fit in memory"}
+    return run.memo.get("float32", {})
 
 
 def _low_rank_pass(run: Run, ranks: int) -> DerivativePass:
@@ -174,7 +205,7 @@ def topk(run: Run, k: int, *, rank: int | None, certified: bool) -> Scores:
     if certified and rank is None:
         plan = _plan(run, k)
     if plan is not None and plan.units >= 3:
-        rows = run.evaluate(run.exact())
+        rows = run.evaluate(run.exact()[0])
         note = "the bound would leave too many to rescore: all were scored exactly"
         report = ScoringReport("topk", n, rescored=n, certified=True, note=note)
         return run.scores(rows, np.ones(n, dtype=bool), report, best(rows.score, k))
@@ -200,7 +231,7 @@ def _plan(run: Run, k: int) -> RankPlan:
     if n < NO_PLAN * PLAN_SAMPLE or k >= n:
         return RankPlan({}, 3.0, 1.0)
     positions = np.sort(np.random.default_rng(0).choice(n, PLAN_SAMPLE, replace=False))
-    rows = run.evaluate(run.exact(), positions)
+    rows = run.evaluate(run.exact()[0], positions)
     slope = run.slope(torch.from_numpy(rows.nll), positions).abs().numpy()
     return plan_ranks(_profiles(run, positions, slope), rows.score, k / n)
 

@@ -34,6 +34,8 @@ class Pass(Protocol):
     count: int
     double: bool
 
+    def explain(self) -> dict[str, str]: ...
+
     def batches(self, examples: Sequence[Example], token_budget: int) -> list[tuple[list[int], list[Example]]]: ...
 
     def running(self) -> AbstractContextManager[None]: ...
@@ -76,7 +78,7 @@ def make_pass(
     if mode == "forward":
         return ForwardPass(model, directions, reduction=reduction, dtype=dtype), Choice(mode, "asked for")
     if count != 1:
-        reason = f"{count} directions share one backward pass"
+        reason = f"{count} directions share one backward pass" if count else "no direction"
     else:
         try:
             forward = ForwardPass(model, directions, reduction=reduction, dtype=dtype)

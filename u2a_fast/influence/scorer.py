@@ -1,6 +1,6 @@
 """Influence scores: how much unlearning a negative would raise preference performance."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -52,9 +52,6 @@ class InfluenceScorer:
             pass that ``"layers"`` may spend (default 0.5).
         batch_invariant: scores of the same bits whatever is scored beside them, as in ``directional_derivatives``; the
             direction too is made one example at a time.
-
-    Attributes:
-        choice: the exact route that was taken last and why; None before.
     """
 
     def __init__(
@@ -94,7 +91,6 @@ class InfluenceScorer:
         self._solver: Curvature | None = Identity() if curvature == "identity" else None
         self._direction: dict[str, Tensor] | None = None
         self._memo: dict[Any, Any] = {}
-        self.choice: Choice | None = None
 
     def reset(self) -> None:
         """Forget the direction, after the model has changed; the objective's reference stays."""
@@ -135,6 +131,10 @@ class InfluenceScorer:
             gradient = self.objective.gradient(self.model, self.names, token_budget=self.token_budget)
             self._direction = self.solve(gradient)
         return self._direction
+
+    def explain(self) -> dict[str, str]:
+        """What the exact route does in every module that holds a selected parameter, by the module's path."""
+        return self._exact_pass()[0].explain()
 
     def score(self, negatives: Iterable[Example], *, nll_reference: Sequence[float] | None = None) -> Scores:
         """Score every negative.
@@ -200,16 +200,24 @@ class InfluenceScorer:
             at_reference = nll if reference is None else reference[torch.from_numpy(positions)]
             return unlearning_slope(self.loss, nll, at_reference, self.npo_beta)
 
-        return Run(items, self._exact_pass, self._reverse_pass, slope, self.token_budget, self._memo)
+        return Run(
+            items, self._exact_pass, self._reverse_pass, slope, self.token_budget, self._memo, self._float32_pass()
+        )
 
-    def _exact_pass(self) -> Pass:
+    def _exact_pass(self) -> tuple[Pass, Choice]:
         if "exact" not in self._memo:
             mode = self.mode if self.mode in EXACT_MODES else "auto"
             self._memo["exact"] = make_pass(
                 self.model, [self.direction()], mode=mode, reduction=self.reduction, dtype=self.dtype
             )
-        passes, self.choice = self._memo["exact"]
-        return passes
+        return self._memo["exact"]
+
+    def _float32_pass(self) -> Callable[[], Pass] | None:
+        """What 16-bit scores are held against."""
+        dtypes = {self.dtype or p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        if dtypes.isdisjoint({torch.bfloat16, torch.float16}):
+            return None
+        return lambda: make_pass(self.model, [self.direction()], reduction=self.reduction, dtype=torch.float32)[0]
 
     def _reverse_pass(self, approximate: Approximate | None) -> DerivativePass:
         return DerivativePass(

@@ -16,6 +16,7 @@ class ScoringReport:
     Attributes:
         mode: ``"exact"``, ``"lowrank"``, ``"shortlist"``, ``"topk"`` or ``"layers"``.
         rows: negatives looked at; rescored: those of them scored exactly after an approximate pass.
+        route: ``"forward"`` or ``"reverse"``, and reason: why, where everything was scored exactly.
         rank: singular vectors kept of a matrix; None where every matrix has its own.
         energy: ||v_r||^2 / ||v||^2 of the truncated direction; energy_by_parameter: of its truncated matrices.
         certified: the rows returned are the true best by exact score.
@@ -24,12 +25,16 @@ class ScoringReport:
         layers: blocks that count, from 0.
         share: squared correlation of the scores with the exact ones on a sample (``"layers"``).
         spearman: rank correlation of approximate with exact scores on a random sample.
+        float32_spearman: rank correlation of 16-bit scores with float32 scores on a random sample of the negatives that
+            this scorer scored first.
         note: what else the user should know.
     """
 
     mode: str
     rows: int
     rescored: int | None = None
+    route: str | None = None
+    reason: str | None = None
     rank: int | None = None
     energy: float | None = None
     energy_by_parameter: Mapping[str, float] = field(default_factory=dict)
@@ -39,6 +44,7 @@ class ScoringReport:
     layers: tuple[int, ...] = ()
     share: float | None = None
     spearman: float | None = None
+    float32_spearman: float | None = None
     note: str | None = None
 
     def to_dict(self) -> dict[str, Any]:

@@ -33,6 +33,15 @@ class Site:
     cast: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
     affine: dict[torch.dtype, "_Affine | None"] = field(default_factory=dict)
 
+    @property
+    def rule(self) -> str:
+        """What contracts this module's gradients, in words."""
+        if isinstance(self.factors, LowRank):
+            return f"ghost_dot_lowrank, rank {self.factors.rank}"
+        if self.kind in (Kind.LINEAR, Kind.CONV1D):
+            return "ghost_dot"
+        return "its own tangent, dotted with its output's gradient"
+
     def direction(self, name: str, dtype: torch.dtype) -> Tensor:
         """The direction as the contraction wants it; directions do not change, so each form is made once."""
         key = (name, dtype)

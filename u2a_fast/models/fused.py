@@ -20,7 +20,7 @@ from u2a_fast import ops
 from u2a_fast.models.norms import rms_norm_form
 from u2a_fast.models.tangents import has_tangent
 
-__all__ = ["fused_tangents"]
+__all__ = ["fused_op", "fused_tangents"]
 
 _ROTARY = "apply_rotary_pos_emb"
 
@@ -57,7 +57,7 @@ def _gated(module: Any, gelu: bool, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _gated_form(module: Any) -> bool | None:
+def _gated_form(module: Any, like: Tensor) -> bool | None:
     """Whether a gated unit down(act(gate x) * up x) has GELU by tanh (True) or SiLU (False); None: it is neither."""
     parts: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")]
     gate, up, _, activation = parts
@@ -69,7 +69,7 @@ def _gated_form(module: Any) -> bool | None:
     features = getattr(up, "in_features", None)
     if not isinstance(features, int):
         return None
-    x = _noise(4, features, like=next(module.parameters()))
+    x = _noise(4, features, like=like)
     x = x * x.new_tensor([[1], [4], [16], [64]])  # some models clip what is large
     z, u = gate(x), up(x)
     own = type(module).forward(module, x)
@@ -110,6 +110,13 @@ def _rotary_function(namespace: Any, like: Tensor) -> Callable[..., tuple[Tensor
     return partial(_rotate, plain)
 
 
+def fused_op(module: nn.Module) -> str | None:
+    """The op that carries this module's tangent inside ``fused_tangents``, None where it is PyTorch's own rules."""
+    forward = vars(module).get("forward")
+    names = {_rms_norm: "rms_norm_jvp", _gated: "glu_jvp"}
+    return names.get(forward.func) if isinstance(forward, partial) else None
+
+
 @contextmanager
 def fused_tangents(model: nn.Module) -> Iterator[None]:
     """Carry tangents through norms, gated units and rotary embeddings in one pass each, for the duration of the block.
@@ -121,11 +128,11 @@ def fused_tangents(model: nn.Module) -> Iterator[None]:
     tried: set[Any] = set()
     try:
         for module in model.modules():
-            like = next(module.parameters(), None)
+            like = next((p for p in module.parameters() if p.is_floating_point()), None)
             if like is None or like.dtype == torch.float64 or "forward" in vars(module):
                 continue
             form = rms_norm_form(module)
-            gelu = _gated_form(module) if form is None else None
+            gelu = _gated_form(module, like) if form is None else None
             if form is not None:
                 module.forward = partial(_rms_norm, module, *form)
             elif gelu is not None:

@@ -154,8 +154,10 @@ class LowRankHead:
             self._beside[weight.dtype] = torch.cat([weight, *(c.to(weight) for c in columns)], 1)
         return self._beside[weight.dtype]
 
-    def backward(self, upstream: Tensor, h: Tensor, target: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient in h (M, D) and directional derivatives (K, M) of sum_t upstream_t log p(target_t)."""
+    def backward(
+        self, upstream: Tensor, h: Tensor, target: Tensor, lse: Tensor, cu_seqlens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradient in h (M, D) and directional derivatives (K, B) of sum_t upstream_t log p(target_t)."""
         weight, width = self._weight(), h.shape[1]
         padded = torch.nn.functional.pad(h, (0, weight.shape[1] - width))
         out, _, _ = torch.ops.u2a_fast.linear_logprob_backward(
@@ -171,7 +173,7 @@ class LowRankHead:
             False,
         )
         beside = out[:, width:].to(torch.promote_types(out.dtype, torch.float32))
-        return out[:, :width], self._own(h, beside)
+        return out[:, :width], segment_sum(self._own(h, beside), cu_seqlens)
 
     def _own(self, h: Tensor, beside: Tensor) -> Tensor:
         k, _, r = self.direction.left.shape

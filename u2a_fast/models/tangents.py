@@ -40,6 +40,31 @@ class _Linear(torch.autograd.Function):
         return dy if dbias is None else dy + dbias
 
 
+class _Quantized(torch.autograd.Function):
+    """A linear layer whose weight is stored as integers and fixed: y = W x + b, so its tangent is W dx."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: nn.Module) -> Tensor:
+        ctx.module = module
+        return type(module).forward(module, x)
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, _: None) -> Tensor:
+        dy = type(ctx.module).forward(ctx.module, dx)
+        bias = getattr(ctx.module, "bias", None)
+        return dy if bias is None else dy - bias
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    sized = isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features")
+    return sized and isinstance(weight, Tensor) and not weight.is_floating_point()
+
+
+def _quantized_forward(module: nn.Module) -> Any:
+    return lambda x: _Quantized.apply(x, module)
+
+
 def _linear_forward(module: nn.Module) -> Any:
     return lambda input: _Linear.apply(input, module.weight, module.bias)
 
@@ -48,7 +73,7 @@ class DualParameters:
     """A direction prepared once as the tangents of a model's parameters, for many passes.
 
     The tangent of an embedding's padding row is zero, as its gradient is. Linear layers without a replaced forward run
-    through ``_Linear``.
+    through ``_Linear``, those of integer weights (4 and 8 bits), which no direction changes, through ``_Quantized``.
 
     Args:
         model: left as it was found.
@@ -58,7 +83,8 @@ class DualParameters:
     def __init__(self, model: nn.Module, direction: Mapping[str, Tensor]) -> None:
         self.direction = direction
         self._sites: list[tuple[nn.Module, str, nn.Parameter, Tensor]] = []
-        self._linears = [module for module in model.modules() if type(module).forward is nn.Linear.forward]
+        self._linears = [(m, _linear_forward(m)) for m in model.modules() if type(m).forward is nn.Linear.forward]
+        self._linears += [(m, _quantized_forward(m)) for m in model.modules() if _is_quantized(m)]
         names = parameter_names(model)
         for module in model.modules():
             padding = getattr(module, "padding_idx", None) if kind_of(module) is Kind.EMBEDDING else None
@@ -70,22 +96,27 @@ class DualParameters:
                     tangent = tangent.index_fill(0, torch.tensor([padding], device=tangent.device), 0)
                 self._sites.append((module, key, p, tangent))
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Modules that hold a parameter with a tangent, each once."""
+        return list(dict.fromkeys(module for module, *_ in self._sites))
+
     @contextmanager
     def active(self) -> Iterator[None]:
         """The parameters carry their tangents for the duration of the block."""
-        shortened = [module for module in self._linears if "forward" not in vars(module)]
+        shortened = [pair for pair in self._linears if "forward" not in vars(pair[0])]
         try:
             with forward_ad.dual_level():
                 for module, key, p, tangent in self._sites:
                     dual: Any = forward_ad.make_dual(p.detach(), tangent)
                     module._parameters[key] = dual
-                for module in shortened:
-                    module.forward = _linear_forward(module)
+                for module, forward in shortened:
+                    module.forward = forward
                 yield
         finally:
             for module, key, p, _ in self._sites:
                 module._parameters[key] = p
-            for module in shortened:
+            for module, _ in shortened:
                 module.__dict__.pop("forward", None)
 
 
