@@ -22,6 +22,7 @@ from u2a_fast.influence.derivatives import (
 )
 from u2a_fast.models.decoder import Decoder, check_packing, check_reduction, probe_examples, reduce_tokens
 from u2a_fast.models.fused import fused_op, fused_tangents
+from u2a_fast.models.lora import short_lora
 from u2a_fast.models.parameters import evaluation_mode, parameter_names
 from u2a_fast.models.tangents import DualParameters, split_dual
 
@@ -55,14 +56,14 @@ class ForwardPass:
         check_reduction(reduction)
         self.model, self.reduction, self.dtype, self.share_prompts = model, reduction, dtype, share_prompts
         self.decoder = Decoder(model)
-        stacked = stack_directions(model, directions)
         self.count = len(directions)
         parameters = dict(model.named_parameters())
         self.double = all(p.dtype == torch.float64 for p in parameters.values() if p.is_floating_point())
-        self._duals = [
-            DualParameters(model, {n: v[k].to(dtype or parameters[n].dtype) for n, v in stacked.items()})
-            for k in range(self.count)
-        ]
+        self._duals = []
+        for direction in directions:  # each in memory of its own: PyTorch copies tangents that are views of more
+            stacked = stack_directions(model, [direction])
+            tangents = {name: v[0].to(dtype or parameters[name].dtype) for name, v in stacked.items()}
+            self._duals.append(DualParameters(model, tangents))
         names = parameter_names(model)
         head = self.decoder.head
         self._head_names = (names[id(head.weight)], names.get(id(head.bias))) if head else (None, None)
@@ -101,7 +102,7 @@ class ForwardPass:
     def running(self) -> Iterator[None]:
         """The model frozen, in evaluation mode and in ``dtype``: run batches inside this block."""
         cast = cast_parameters(self.model, self.dtype) if self.dtype is not None else nullcontext()
-        with cast, evaluation_mode(self.model), fused_tangents(self.model):
+        with cast, evaluation_mode(self.model), short_lora(self.model), fused_tangents(self.model):
             yield
 
     def __call__(self, examples: Sequence[Example]) -> DerivativeBatch:

@@ -27,20 +27,24 @@ __all__ = ["MODES", "Choice", "Pass", "directional_derivatives", "make_pass", "r
 MODES = ("auto", "forward", "reverse", "lowrank")
 
 
-class Pass(Protocol):
-    """What every route offers: directions prepared once for many batches (``ForwardPass``, ``DerivativePass``)."""
+class BatchPass(Protocol):
+    """Something prepared once for many batches of examples."""
 
     decoder: Decoder
     count: int
     double: bool
-
-    def explain(self) -> dict[str, str]: ...
 
     def batches(self, examples: Sequence[Example], token_budget: int) -> list[tuple[list[int], list[Example]]]: ...
 
     def running(self) -> AbstractContextManager[None]: ...
 
     def __call__(self, examples: Sequence[Example]) -> DerivativeBatch: ...
+
+
+class Pass(BatchPass, Protocol):
+    """What every route offers: directions prepared once (``ForwardPass``, ``DerivativePass``)."""
+
+    def explain(self) -> dict[str, str]: ...
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def make_pass(
 
 
 def run_batches(
-    passes: Pass, examples: Sequence[Example], token_budget: int
+    passes: BatchPass, examples: Sequence[Example], token_budget: int
 ) -> Iterator[tuple[list[int], DerivativeBatch]]:
     """Run every batch inside ``passes.running()``: (positions, result), the largest batch first.
 

@@ -42,6 +42,11 @@ class Site:
             return "ghost_dot"
         return "its own tangent, dotted with its output's gradient"
 
+    @property
+    def looks_rows_up(self) -> bool:
+        """Whether the module is an embedding whose output is the weight's rows as they are."""
+        return type(self.module).forward is nn.Embedding.forward and getattr(self.module, "max_norm", None) is None
+
     def direction(self, name: str, dtype: torch.dtype) -> Tensor:
         """The direction as the contraction wants it; directions do not change, so each form is made once."""
         key = (name, dtype)
@@ -120,6 +125,20 @@ def _contract_by_tangent(site: Site, args: tuple[Any, ...], kwargs: dict[str, An
     return contract
 
 
+def _contract_rows(site: Site, ids: Tensor) -> Contraction:
+    """An embedding: the direction's own rows, dotted with g."""
+
+    def contract(g: Tensor, cu_seqlens: Tensor) -> Tensor:
+        accumulate = torch.promote_types(g.dtype, torch.float32)
+        rows = []
+        for v in site.direction("weight", g.dtype):
+            product = (nn.functional.embedding(ids, v) * g).movedim(site.token_axis, 0).flatten(1)
+            rows.append(product.sum(1, dtype=accumulate))
+        return segment_sum(torch.stack(rows), cu_seqlens)
+
+    return contract
+
+
 @dataclass(frozen=True)
 class _Affine:
     """dy = y * ratio + offset for every input: a norm's tangent, read off its output."""
@@ -185,4 +204,6 @@ def contraction(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], out: 
             site.affine[dtype] = _affine_tangent(site)
         if (affine := site.affine[dtype]) is not None:
             return _contract_affine(site, affine, out.detach())
+    if site.looks_rows_up:
+        return _contract_rows(site, args[0] if args else next(iter(kwargs.values())))
     return _contract_by_tangent(site, args, kwargs)

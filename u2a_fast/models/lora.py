@@ -1,0 +1,71 @@
+"""LoRA layers with short passes, put in place of PEFT's own while a model is scored.
+
+PEFT computes W x + s B(A x) with a pass over memory for the scale and one for the sum, forward and backward, each over
+the layer's output; here the scale goes over A x, which is as narrow as the rank, and the sum into W x.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["short_lora"]
+
+
+def _forward(module: Any, adapter: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    down, up = module.lora_A[adapter], module.lora_B[adapter]
+    if args or kwargs or x.dtype != down.weight.dtype:
+        return type(module).forward(module, x, *args, **kwargs)
+    out = module.base_layer(x)
+    rest = up(down(module.lora_dropout[adapter](x)) * module.scaling[adapter])
+    return out.add_(rest) if _may_change(module.base_layer) else out + rest
+
+
+def _may_change(base: nn.Module) -> bool:
+    """Whether nothing else holds the output of this layer."""
+    hooks = base._forward_hooks or base._forward_pre_hooks
+    return not hooks and type(base).forward is nn.Linear.forward
+
+
+@torch.no_grad()
+def _adapter(module: Any) -> str | None:
+    """The one adapter of a LoRA layer that computes W x + s B(A x), None where random inputs show otherwise."""
+    if not type(module).__module__.startswith("peft.tuners.lora") or "forward" in vars(module):
+        return None
+    names: list[str] = list(getattr(module, "active_adapters", ()))
+    if len(names) != 1 or names[0] not in getattr(module, "lora_A", {}) or module.disable_adapters or module.merged:
+        return None
+    if names[0] in getattr(module, "lora_variant", {}):  # DoRA, say, which is the same function at first
+        return None
+    down, up = module.lora_A[names[0]], module.lora_B[names[0]]
+    if not (isinstance(down, nn.Linear) and isinstance(up, nn.Linear)) or up.bias is not None:
+        return None
+    if module.base_layer.weight.is_floating_point() and module.base_layer.weight.dtype != down.weight.dtype:
+        return None  # PEFT adds in the wider of the two
+    x = torch.randn(4, down.in_features, generator=torch.Generator().manual_seed(0)).to(down.weight)
+    want, got = type(module).forward(module, x), _forward(module, names[0], x)
+    # a sum of two products, rounded otherwise
+    size = want.abs().max() + module.base_layer(x).abs().max()
+    return names[0] if (got - want).abs().max() <= 16 * torch.finfo(x.dtype).eps * size else None
+
+
+@contextmanager
+def short_lora(model: nn.Module) -> Iterator[None]:
+    """Use ``_forward`` in every LoRA layer of ``model`` that computes it, for the duration of the block.
+
+    Dropout must be off, and adapters must not be switched in the block.
+    """
+    replaced = []
+    try:
+        for module in model.modules():
+            adapter = _adapter(module)
+            if adapter is not None:
+                module.forward = partial(_forward, module, adapter)
+                replaced.append(module)
+        yield
+    finally:
+        for module in replaced:
+            del module.forward
