@@ -1,4 +1,4 @@
-"""Exact scoring against one forward pass over the same packed tokens, and against the public U2A procedure.
+"""Scoring by the default route and by low rank, against a forward pass and against the public U2A procedure.
 
     python -m benchmarks.score [--only llama|hh] [--count N] [--rounds N] [--threads 1] [--out rows.jsonl]
 
@@ -13,7 +13,6 @@ import copy
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,7 @@ from u2a_fast.bench.machine import has_cpu_flag
 from u2a_fast.bench.rows import Row, make_row, write_rows
 from u2a_fast.bench.timing import in_turns, once, ratios
 from u2a_fast.data.packing import Example, batched
-from u2a_fast.influence.derivatives import DerivativePass
-from u2a_fast.influence.lowrank import truncate
+from u2a_fast.influence.routes import make_pass
 from u2a_fast.models.decoder import Decoder
 from u2a_fast.statistics import spearman
 
@@ -49,7 +47,7 @@ RANKING = 0.995  # bfloat16 scores, Spearman against float32
 OURS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"dtype": torch.bfloat16},
-    **{f"lowrank{rank}": {"approximate": partial(truncate, ranks=rank)} for rank in (16, 32, 64)},
+    **{f"lowrank{rank}": {"mode": "lowrank", "rank": rank} for rank in (16, 32, 64)},
 }
 CHECKED = 16  # examples whose scores are compared with autograd in float64, which takes twice as long as float32
 
@@ -71,7 +69,7 @@ def _contestants(
         model = copy.deepcopy(workload.model)
 
         def prepare(model: Any = model, options: dict[str, Any] = options, name: str = name) -> None:
-            passes = DerivativePass(model, [direction], **options)
+            passes, _ = make_pass(model, [direction], **options)
             stack.enter_context(passes.running())
             contestants[name] = lambda examples: passes(examples).derivatives[0]
 
