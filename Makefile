@@ -41,7 +41,7 @@ format: $(VENV)/.tools  ## ruff format and clang-format, in place
 bench: $(VENV)/.tools  ## correctness-gated timings on one thread, as rows and tables (15 minutes)
 	$(BIN)/python -m benchmarks.all
 
-peers: $(VENV)/.tools  ## the same negatives scored by u2a_fast and by other libraries, on one thread (15 minutes)
+peers: $(VENV)/.tools  ## the same negatives scored by u2a_fast and by other libraries, on one thread (25 minutes)
 	$(BIN)/python -m benchmarks.peers --write
 
 clean:  ## remove the environment, builds, caches and the demo's output

@@ -1,0 +1,154 @@
+"""Tokens that scoring takes a second on one device: a model of random weights, of the shape of a known one.
+
+    python -m benchmarks.throughput [--like meta-llama/Llama-3.2-1B] [--device cuda] [--layers N] [--out rows.jsonl]
+
+Examples of ``--tokens`` tokens whose second half is scored, ``--batch`` of them at a time, in bfloat16. The routes and a
+plain forward pass with the LM head on every token (the unit) take turns. The gate, in the same process and on the same
+device: on the model cut to two layers, float32 derivatives of both routes agree with per-example autograd in float64 to
+1e-4, and those of bfloat16 to 6e-2 of their norm.
+"""
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/throughput.py`
+
+from benchmarks.baselines import float64_scores, forward_full_head, score_error
+from benchmarks.workloads import random_examples
+from u2a_fast.bench.models import model_config
+from u2a_fast.bench.rows import Row, make_row, write_rows
+from u2a_fast.bench.timing import alternate, ratios
+from u2a_fast.influence.routes import make_pass
+from u2a_fast.models.decoder import Decoder
+
+__all__ = ["main", "measure"]
+
+ROUTES = ("forward", "reverse")
+AGREEMENT, HALF_AGREEMENT = 1e-4, 6e-2
+GATE_LAYERS, GATE_EXAMPLES, GATE_TOKENS = 2, 4, 32
+
+
+class GateError(RuntimeError):
+    """Derivatives are wrong, so their speed is no result."""
+
+
+def _model(config: Any, layers: int | None, dtype: torch.dtype, device: str) -> nn.Module:
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+
+
+def _direction(model: nn.Module) -> dict[str, Tensor]:
+    return {name: torch.randn_like(p) * 0.01 for name, p in model.named_parameters()}
+
+
+def _gate(config: Any, device: str) -> str:
+    """What the derivatives are worth on two layers; GateError where they are wrong."""
+    model = _model(config, GATE_LAYERS, torch.float32, device)
+    v = _direction(model)
+    examples = random_examples(GATE_EXAMPLES, tokens=GATE_TOKENS, vocabulary=config.vocab_size, seed=1)
+    exact = float64_scores(model, v, examples).to(device)
+    worst = {torch.float32: 0.0, torch.bfloat16: 0.0}
+    for dtype in worst:
+        for mode in ROUTES:
+            passes, _ = make_pass(model, [v], mode=mode, dtype=dtype)
+            with passes.running():
+                found = passes(examples).derivatives[0].double()
+            norm = float((found - exact).norm() / exact.norm())
+            worst[dtype] = max(worst[dtype], score_error(found, exact) if dtype == torch.float32 else norm)
+    if not (worst[torch.float32] <= AGREEMENT and worst[torch.bfloat16] <= HALF_AGREEMENT):
+        raise GateError(f"derivatives of two layers differ from float64 autograd by {list(worst.values())}")
+    return (
+        f"on two layers float32 within {worst[torch.float32]:.1e} (relative) of float64 autograd, bfloat16 within "
+        f"{worst[torch.bfloat16]:.1e} of their norm"
+    )
+
+
+def measure(
+    like: str, device: str, *, tokens: int = 512, batch: int = 32, rounds: int = 3, layers: int | None = None
+) -> Row:
+    """A row of tokens a second and units by route.
+
+    Raises:
+        GateError: the derivatives are wrong.
+        ValueError: ``like`` names no model.
+    """
+    config = model_config(like)
+    gate = _gate(config, device)
+    model = _model(config, layers, torch.bfloat16, device)
+    examples = random_examples(batch, tokens=tokens, vocabulary=config.vocab_size, seed=2)
+    decoder = Decoder(model)
+    seconds: dict[str, list[float]] = {}
+    v = _direction(model)
+    for mode in ROUTES:  # one after the other: each holds a copy of the direction
+        with ExitStack() as stack:
+            passes, _ = make_pass(model, [v], mode=mode)
+            stack.enter_context(passes.running())
+            tasks: dict[str, Callable[[int], Any]] = {
+                "unit": lambda _: forward_full_head(decoder, examples),
+                mode: lambda _, p=passes: p(examples),
+            }
+            seconds |= {f"{mode} {name}": times for name, times in alternate(tasks, rounds=rounds, device=device).items()}
+        del passes, tasks
+    spreads = {mode: ratios(seconds[f"{mode} {mode}"], seconds[f"{mode} unit"]) for mode in ROUTES}
+    middle = {mode: sorted(seconds[f"{mode} {mode}"])[rounds // 2] for mode in ROUTES}
+    values = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "layers": layers or config.num_hidden_layers,
+        "tokens": tokens,
+        "batch": batch,
+        "tokens_per_second": {mode: tokens * batch / t for mode, t in middle.items()},
+        "units": {mode: spread.to_list() for mode, spread in spreads.items()},
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None,
+    }
+    name = like.rpartition("/")[2] + (f"-{layers}layers" if layers else "")
+    return make_row("throughput", f"{name}-{device}", values, gate=gate, device=device)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 1 if the gate failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--like", default="meta-llama/Llama-3.2-1B", help="a name of u2a_fast.bench.models, or a config")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--layers", type=int, help="of the model's, all by default")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=32, help="examples a batch")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="merge the row into this file")
+    options = parser.parse_args(argv)
+    try:
+        row = measure(
+            options.like,
+            options.device,
+            tokens=options.tokens,
+            batch=options.batch,
+            rounds=options.rounds,
+            layers=options.layers,
+        )
+    except GateError as error:
+        print(f"GATE FAILED, not timed: {error}")
+        return 1
+    print(f"{row['case']}: {row['parameters'] / 1e9:.2f} G parameters; {row['gate']}")
+    for mode, rate in row["tokens_per_second"].items():
+        p20, p50, p80 = row["units"][mode]
+        print(f"  {mode:<8} {rate:,.0f} tokens/s, {p50:.2f} units ({p20:.2f} to {p80:.2f})")
+    if options.out:
+        write_rows(options.out, [row])
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
