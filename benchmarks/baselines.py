@@ -41,7 +41,7 @@ class PublicProcedure:
         return torch.cat([gradient.flatten() for gradient in gradients]) @ self.flat
 
     def _batch(self, example: Example) -> dict[str, Tensor]:
-        ids, labels = (torch.as_tensor(example[key])[None] for key in ("input_ids", "labels"))
+        ids, labels = (torch.as_tensor(example[key], device=self.flat.device)[None] for key in ("input_ids", "labels"))
         missing = (self.padded or ids.shape[1]) - ids.shape[1]
         pad = torch.nn.functional.pad
         mask = pad(torch.ones_like(ids), (0, missing))

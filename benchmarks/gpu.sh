@@ -30,18 +30,21 @@ phase() { # name, seconds, command...: run it, keep its log, note how it ended
 skip() { SUMMARY+=("$(printf '%-12s    - s  skipped: %s' "$1" "$2")"); }
 
 phase build 60 "$PYTHON" setup.py -q build_ext --inplace
-phase pytest 150 "$PYTHON" -m pytest -q --maxfail 10 -p no:cacheprovider tests/test_triton.py tests/test_ops.py \
+phase pytest 130 "$PYTHON" -m pytest -q --maxfail 10 -p no:cacheprovider tests/test_triton.py tests/test_ops.py \
   tests/test_derivatives.py tests/test_influence.py
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 phase "$tool" 75 \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 phase "$tool" 60 \
       compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m benchmarks.sanitize
   done
 else
   skip memcheck "no compute-sanitizer"
   skip racecheck "no compute-sanitizer"
 fi
-phase benchmarks 180 "$PYTHON" -m benchmarks.run --device cuda --threads "$(nproc)" --out "$ROWS"
+phase benchmarks 140 "$PYTHON" -m benchmarks.run --device cuda --threads "$(nproc)" --out "$ROWS"
+for like in meta-llama/Llama-3.2-1B meta-llama/Llama-3.1-8B; do
+  phase "${like##*/}" 60 "$PYTHON" -m benchmarks.throughput --like "$like" --device cuda --out "$ROWS"
+done
 if [ ! -s "$ROWS" ]; then
   skip profile "no rows"
 elif command -v ncu >/dev/null && ncu --version >/dev/null 2>&1; then

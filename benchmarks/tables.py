@@ -207,6 +207,23 @@ def _routes(rows: list[Row]) -> str:
     return _grid(header, lines)
 
 
+# Tokens a second that an NVIDIA H200 should reach.
+TOKENS_A_SECOND = {"Llama-3.2-1B-cuda": 66_000, "Llama-3.1-8B-cuda": 8_200}
+
+
+def _throughput(rows: list[Row]) -> str:
+    header = ("model", "route", "tokens/s", "units", "goal on an H200")
+    lines = []
+    for row in rows:
+        goal = TOKENS_A_SECOND.get(row["case"])
+        for route, rate in row["tokens_per_second"].items():
+            p20, p50, p80 = row["units"][route]
+            what = f"`{row['case'].removesuffix('-cuda')}`, {row['batch']} examples of {row['tokens']} tokens"
+            bound = f"{goal:,}" if goal else ""
+            lines.append((what, route, f"{rate:,.0f}", f"{p50:.2f} ({p20:.2f} to {p80:.2f})", bound))
+    return _grid(header, lines)
+
+
 def _memory(rows: list[Row]) -> str:
     parts = []
     vocabulary, layers, negatives = (
@@ -296,6 +313,7 @@ TABLES: dict[str, tuple[Callable[[list[Row]], list[Row]], Callable[[list[Row]], 
     "score": (_select("score"), _scoring),
     "memory": (_select("memory"), _memory),
     "peers": (_select("peers"), _peers),
+    "throughput": (_select("throughput", "cuda"), _throughput),
     "ops-cpu": (_select("ops"), _ops),
     "ops-cuda": (_select("ops", "cuda"), _ops),
 }

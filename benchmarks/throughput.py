@@ -101,7 +101,9 @@ def measure(
                 "unit": lambda _: forward_full_head(decoder, examples),
                 mode: lambda _, p=passes: p(examples),
             }
-            seconds |= {f"{mode} {name}": times for name, times in alternate(tasks, rounds=rounds, device=device).items()}
+            seconds |= {
+                f"{mode} {name}": times for name, times in alternate(tasks, rounds=rounds, device=device).items()
+            }
         del passes, tasks
     spreads = {mode: ratios(seconds[f"{mode} {mode}"], seconds[f"{mode} unit"]) for mode in ROUTES}
     middle = {mode: sorted(seconds[f"{mode} {mode}"])[rounds // 2] for mode in ROUTES}
@@ -121,7 +123,9 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 1 if the gate failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--like", default="meta-llama/Llama-3.2-1B", help="a name of u2a_fast.bench.models, or a config")
+    parser.add_argument(
+        "--like", default="meta-llama/Llama-3.2-1B", help="a name of u2a_fast.bench.models, or a config"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--layers", type=int, help="of the model's, all by default")
     parser.add_argument("--tokens", type=int, default=512)

@@ -14,7 +14,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import all as all_benchmarks
-from benchmarks import crossover, memory, routes, run, sanitize, score, slowest, tables, workloads
+from benchmarks import crossover, memory, routes, run, sanitize, score, slowest, tables, throughput, workloads
 from benchmarks.rows import RESULTS
 from u2a_fast import ops, testing
 from u2a_fast.bench import machine
@@ -255,9 +255,34 @@ def test_tables_from_rows(
     assert "public U2A procedure, padded" in text and "| 9 | 3 | 4 |" in text and "at most 3.1" in text
     assert "| one direction, 20 M Llama: forward fp32 |" in text
     assert "| **u2a_fast, reverse** | 3.00 (2.90 to 3.20) | 2.50 |" in text and "* other (thing 1.0): it broke" in text
-    assert text.count(tables.EMPTY) == 1, "only the GPU has no rows"
+    assert text.count(tables.EMPTY) == 2, "only the GPU has no rows"
     with pytest.raises(ValueError, match="expected a table out of"):
         tables.render("<!-- table: other -->\n<!-- /table -->", [])
+
+
+@pytest.fixture
+def tiny_config(tmp_path: Path) -> str:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "vocab_size": 64}
+    config = {"model_type": "llama", **sizes, "num_attention_heads": 4, "num_key_value_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return str(tmp_path / "config.json")
+
+
+def test_throughput_gives_a_row(tiny_config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--like", tiny_config, "--device", "cpu", "--tokens", "16", "--batch", "2", "--rounds", "2"]
+    assert throughput.main([*argv, "--out", str(tmp_path / "rows.jsonl")]) == 0
+    (row,) = read_rows(tmp_path / "rows.jsonl")
+    assert (row["layers"], row["tokens"], row["batch"]) == (3, 16, 2)
+    assert set(row["units"]) == set(row["tokens_per_second"]) == {"forward", "reverse"}
+    lines = tables._throughput([row]).splitlines()
+    assert len(lines) == 4 and "2 examples of 16 tokens" in lines[2]
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_wrong_derivatives_have_no_throughput(tiny_config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = throughput.float64_scores
+    monkeypatch.setattr(throughput, "float64_scores", lambda *arguments: right(*arguments) * 1.001)
+    assert throughput.main(["--like", tiny_config, "--device", "cpu"]) == 1
 
 
 def _peer_rows() -> list[dict[str, Any]]:

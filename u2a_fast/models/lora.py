@@ -12,7 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from u2a_fast.models.tangents import has_tangent
+
 __all__ = ["short_lora"]
+
+
+class _AddProduct(torch.autograd.Function):
+    """out + h W^T in place, value and tangent each by one product that adds."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, h: Tensor, weight: Tensor) -> Tensor:
+        ctx.mark_dirty(out)
+        ctx.save_for_forward(h, weight)
+        out.view(-1, out.shape[-1]).addmm_(h.flatten(0, -2), weight.T)
+        return out
+
+    @staticmethod
+    def jvp(ctx: Any, dout: Tensor, dh: Tensor, dweight: Tensor | None) -> Tensor:
+        h, weight = ctx.saved_tensors
+        rows = dout.view(-1, dout.shape[-1]).addmm_(dh.flatten(0, -2), weight.T)
+        if dweight is not None:
+            rows.addmm_(h.flatten(0, -2), dweight.T)
+        return dout
 
 
 def _forward(module: Any, adapter: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -20,14 +41,18 @@ def _forward(module: Any, adapter: str, x: Tensor, *args: Any, **kwargs: Any) ->
     if args or kwargs or x.dtype != down.weight.dtype:
         return type(module).forward(module, x, *args, **kwargs)
     out = module.base_layer(x)
-    rest = up(down(module.lora_dropout[adapter](x)) * module.scaling[adapter])
-    return out.add_(rest) if _may_change(module.base_layer) else out + rest
+    thin = down(module.lora_dropout[adapter](x)) * module.scaling[adapter]
+    if not _may_change(module.base_layer):
+        return out + up(thin)
+    if has_tangent(out) and has_tangent(thin) and _may_change(up):
+        return _AddProduct.apply(out, thin, up.weight)
+    return out.add_(up(thin))
 
 
-def _may_change(base: nn.Module) -> bool:
-    """Whether nothing else holds the output of this layer."""
-    hooks = base._forward_hooks or base._forward_pre_hooks
-    return not hooks and type(base).forward is nn.Linear.forward
+def _may_change(layer: nn.Module) -> bool:
+    """Whether this is a plain linear layer whose output nothing else holds or changes."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks
+    return not hooks and type(layer).forward is nn.Linear.forward
 
 
 @torch.no_grad()
