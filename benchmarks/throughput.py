@@ -2,10 +2,10 @@
 
     python -m benchmarks.throughput [--like meta-llama/Llama-3.2-1B] [--device cuda] [--layers N] [--out rows.jsonl]
 
-Examples of ``--tokens`` tokens whose second half is scored, ``--batch`` of them at a time, in bfloat16. The routes and a
-plain forward pass with the LM head on every token (the unit) take turns. The gate, in the same process and on the same
-device: on the model cut to two layers, float32 derivatives of both routes agree with per-example autograd in float64 to
-1e-4, and those of bfloat16 to 6e-2 of their norm.
+Examples of ``--tokens`` tokens whose second half is scored, ``--batch`` of them at a time, in bfloat16. The routes and
+a plain forward pass with the LM head on every token (the unit) take turns. The gate, in the same process and on the
+same device: on the model cut to two layers, float32 derivatives of both routes agree with per-example autograd in
+float64 to 1e-4, and those of bfloat16 to 6e-2 of their norm.
 """
 
 import argparse

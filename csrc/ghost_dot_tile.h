@@ -113,7 +113,7 @@ class TileDots {
   using S = typename E::Accumulate;
   static constexpr int64_t kExamples = Contraction::kExamples, kColumnPanels = Contraction::kColumnPanels;
   // What a thread takes of its level-2 cache: row panels of G at a time, their tiles of directions, their rows of g.
-  static constexpr int64_t kRowPanels = 128 / E::MR, kDirectionBytes = 512 << 10, kGradientBytes = 768 << 10;
+  static constexpr int64_t kRowPanels = 128 / E::MR, kDirectionBytes = 512 << 10, kGradientBytes = 1280 << 10;
 
  public:
   // Contracts the examples listed in `chosen`; sums (K x B) receives their results and is added to.
