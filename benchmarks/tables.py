@@ -308,7 +308,10 @@ def _select(benchmark: str, device: str = "cpu") -> Callable[[list[Row]], list[R
 
 
 TABLES: dict[str, tuple[Callable[[list[Row]], list[Row]], Callable[[list[Row]], str]]] = {
-    "goals": (lambda rows: [r for r in rows if r["device"] == "cpu" and r["threads"] == 1], _goals),
+    "goals": (
+        lambda rows: [row for row in rows if (row["benchmark"], row["case"]) in {goal[0] for goal in GOALS}],
+        _goals,
+    ),
     "routes": (_select("routes"), _routes),
     "score": (_select("score"), _scoring),
     "memory": (_select("memory"), _memory),
