@@ -1,4 +1,4 @@
-"""Every CPU measurement on one thread, about 15 minutes, into the committed rows and the tables.
+"""Every CPU measurement on one thread, about 20 minutes, into the committed rows and the tables.
 
     python -m benchmarks.all
 

@@ -78,10 +78,10 @@ def _judge(name: str, scores: Mapping[str, Tensor], truth: Tensor) -> tuple[dict
     failed = []
     reference = next(found for contestant, found in scores.items() if "bf16" not in contestant)
     for contestant, found in scores.items():
-        error = score_error(found[:, : truth.shape[1]].flatten(), truth.flatten())
+        known = found[:, : truth.shape[1]]
+        error = score_error(known.flatten(), truth.flatten())
         ranking = spearman(found.flatten().double().numpy(), reference.flatten().double().numpy())
         judged["relative_error"][contestant], judged["spearman"][contestant] = error, ranking
-        known = found[:, : truth.shape[1]]
         judged["norm_error"][contestant] = float((known - truth).norm() / truth.norm())
         good = ranking >= RANKING if "bf16" in contestant else error <= AGREEMENT
         if not good:

@@ -70,8 +70,14 @@ def _origin(rows: list[Row]) -> str:
 
 def _times(spread: Sequence[float]) -> str:
     """Median (p20 to p80) of a ratio; a loss in bold."""
-    text = f"{spread[1]:.2f} ({spread[0]:.2f} to {spread[2]:.2f})"
+    text = _spread(spread)
     return f"**{text}**" if spread[1] < 1 else text
+
+
+def _spread(spread: Sequence[float]) -> str:
+    """Median (p20 to p80)."""
+    p20, p50, p80 = spread
+    return f"{p50:.2f} ({p20:.2f} to {p80:.2f})"
 
 
 def _ops(rows: list[Row]) -> str:
@@ -217,10 +223,9 @@ def _throughput(rows: list[Row]) -> str:
     for row in rows:
         goal = TOKENS_A_SECOND.get(row["case"])
         for route, rate in row["tokens_per_second"].items():
-            p20, p50, p80 = row["units"][route]
             what = f"`{row['case'].removesuffix('-cuda')}`, {row['batch']} examples of {row['tokens']} tokens"
             bound = f"{goal:,}" if goal else ""
-            lines.append((what, route, f"{rate:,.0f}", f"{p50:.2f} ({p20:.2f} to {p80:.2f})", bound))
+            lines.append((what, route, f"{rate:,.0f}", _spread(row["units"][route]), bound))
     return _grid(header, lines)
 
 
@@ -283,7 +288,6 @@ def _package(row: Row) -> str:
 
 
 def _peer(row: Row) -> tuple[str, ...]:
-    rate, low, high = row["units"][1], row["units"][0], row["units"][2]
     name = f"**{row['label']}**" if row["label"].startswith("u2a_fast") else f"{row['label']}{_package(row)}"
     agreement = ["", "", "", ""]
     if "spearman" in row:
@@ -294,7 +298,7 @@ def _peer(row: Row) -> tuple[str, ...]:
     peak = f"{row['peak_mib']:,.0f}" if row["peak_mib"] else ""
     return (
         name,
-        f"{rate:.2f} ({low:.2f} to {high:.2f})",
+        _spread(row["units"]),
         f"{row['cpu_units'][1]:.2f}",
         f"{row['examples_per_second']:.2f}",
         peak,

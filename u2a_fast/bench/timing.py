@@ -3,8 +3,9 @@
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import TypeVar
 
@@ -58,11 +59,14 @@ def in_turns(
     """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for i in range(rounds * len(blocks)):
-        for name in list(contestants)[:: 1 if i % 2 == 0 else -1]:
-            start = time.perf_counter()
-            contestants[name](blocks[i % len(blocks)])
-            seconds[name].append(time.perf_counter() - start)
+        for name in _order(contestants, i):
+            seconds[name].append(once(partial(contestants[name], blocks[i % len(blocks)])))
     return seconds
+
+
+def _order(names: Iterable[str], turn: int) -> list[str]:
+    """Every second turn in reverse, so that nobody always follows the same one."""
+    return list(names)[:: 1 if turn % 2 == 0 else -1]
 
 
 def _loop(task: Task, repeats: int, first: int) -> float:
@@ -104,8 +108,7 @@ def alternate(
     gc.disable()
     try:
         for i in range(rounds):
-            order = list(tasks) if i % 2 == 0 else list(tasks)[::-1]
-            for name in order:
+            for name in _order(tasks, i):
                 samples[name].append(loop(tasks[name], repeats[name], next(running)))
     finally:
         gc.enable()
