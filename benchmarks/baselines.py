@@ -10,7 +10,19 @@ from torch import Tensor, nn
 from u2a_fast.data.packing import IGNORE_INDEX, Example
 from u2a_fast.models.decoder import Decoder
 
-__all__ = ["PublicProcedure", "forward_answer_head", "forward_full_head"]
+__all__ = [
+    "GateError",
+    "PublicProcedure",
+    "float64_scores",
+    "forward_answer_head",
+    "forward_full_head",
+    "norm_error",
+    "score_error",
+]
+
+
+class GateError(RuntimeError):
+    """Scores are wrong, so their speed is no result."""
 
 
 class PublicProcedure:
@@ -68,6 +80,11 @@ def float64_scores(model: nn.Module, direction: Mapping[str, Tensor], examples: 
     """Scores (B) by per-example autograd on a float64 copy of the model: what float32 scores are judged against."""
     in_double = {name: v.double() for name, v in direction.items()}
     return PublicProcedure(copy.deepcopy(model).double(), in_double)(examples)
+
+
+def norm_error(scores: Tensor, exact: Tensor) -> float:
+    """||scores - exact|| / ||exact||."""
+    return float((scores.double() - exact).norm() / exact.norm())
 
 
 def score_error(scores: Tensor, exact: Tensor) -> float:

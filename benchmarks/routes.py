@@ -27,7 +27,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `python benchma
 
 from peft import LoraConfig, get_peft_model
 
-from benchmarks.baselines import PublicProcedure, forward_full_head, score_error
+from benchmarks.baselines import PublicProcedure, forward_full_head, norm_error, score_error
 from benchmarks.workloads import Workload, hh, hh_missing, llama
 from u2a_fast.bench.rows import Row, make_row, write_rows
 from u2a_fast.bench.timing import in_turns, ratios
@@ -82,7 +82,7 @@ def _judge(name: str, scores: Mapping[str, Tensor], truth: Tensor) -> tuple[dict
         error = score_error(known.flatten(), truth.flatten())
         ranking = spearman(found.flatten().double().numpy(), reference.flatten().double().numpy())
         judged["relative_error"][contestant], judged["spearman"][contestant] = error, ranking
-        judged["norm_error"][contestant] = float((known - truth).norm() / truth.norm())
+        judged["norm_error"][contestant] = norm_error(known, truth)
         good = ranking >= RANKING if "bf16" in contestant else error <= AGREEMENT
         if not good:
             failed.append(contestant)

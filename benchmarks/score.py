@@ -22,6 +22,7 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/score.py`
 
 from benchmarks.baselines import (
+    GateError,
     PublicProcedure,
     float64_scores,
     forward_answer_head,
@@ -37,7 +38,7 @@ from u2a_fast.influence.routes import make_pass
 from u2a_fast.models.decoder import Decoder
 from u2a_fast.statistics import spearman
 
-__all__ = ["main", "measure"]
+__all__ = ["GateError", "main", "measure"]
 
 TOKEN_BUDGET = 2048
 # Float32 scores, relative to each exact score, or to the median magnitude of the exact scores where one is smaller: a
@@ -52,10 +53,6 @@ OURS: dict[str, dict[str, Any]] = {
 CHECKED = 16  # examples whose scores are compared with autograd in float64, which takes twice as long as float32
 
 Contestant = Callable[[Sequence[Example]], Any]
-
-
-class GateError(RuntimeError):
-    """Scores are wrong, so their speed is no result."""
 
 
 def _contestants(

@@ -12,7 +12,6 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,11 @@ from transformers import AutoModelForCausalLM
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/throughput.py`
 
-from benchmarks.baselines import float64_scores, forward_full_head, score_error
+from benchmarks.baselines import GateError, float64_scores, forward_full_head, norm_error, score_error
 from benchmarks.workloads import random_examples
 from u2a_fast.bench.models import model_config
 from u2a_fast.bench.rows import Row, make_row, write_rows
-from u2a_fast.bench.timing import alternate, ratios
+from u2a_fast.bench.timing import Spread, alternate, ratios
 from u2a_fast.influence.routes import make_pass
 from u2a_fast.models.decoder import Decoder
 
@@ -35,10 +34,6 @@ __all__ = ["main", "measure"]
 ROUTES = ("forward", "reverse")
 AGREEMENT, HALF_AGREEMENT = 1e-4, 6e-2
 GATE_LAYERS, GATE_EXAMPLES, GATE_TOKENS = 2, 4, 32
-
-
-class GateError(RuntimeError):
-    """Derivatives are wrong, so their speed is no result."""
 
 
 def _model(config: Any, layers: int | None, dtype: torch.dtype, device: str) -> nn.Module:
@@ -60,20 +55,22 @@ def _gate(config: Any, device: str) -> str:
     model = _model(config, GATE_LAYERS, torch.float32, device)
     v = _direction(model)
     examples = random_examples(GATE_EXAMPLES, tokens=GATE_TOKENS, vocabulary=config.vocab_size, seed=1)
-    exact = float64_scores(model, v, examples).to(device)
-    worst = {torch.float32: 0.0, torch.bfloat16: 0.0}
-    for dtype in worst:
+    exact = float64_scores(model, v, examples)
+
+    def worst(dtype: torch.dtype, error: Callable[[Tensor, Tensor], float]) -> float:
+        errors = []
         for mode in ROUTES:
             passes, _ = make_pass(model, [v], mode=mode, dtype=dtype)
             with passes.running():
-                found = passes(examples).derivatives[0].double()
-            norm = float((found - exact).norm() / exact.norm())
-            worst[dtype] = max(worst[dtype], score_error(found, exact) if dtype == torch.float32 else norm)
-    if not (worst[torch.float32] <= AGREEMENT and worst[torch.bfloat16] <= HALF_AGREEMENT):
-        raise GateError(f"derivatives of two layers differ from float64 autograd by {list(worst.values())}")
+                errors.append(error(passes(examples).derivatives[0], exact))
+        return max(errors)
+
+    single, half = worst(torch.float32, score_error), worst(torch.bfloat16, norm_error)
+    if not (single <= AGREEMENT and half <= HALF_AGREEMENT):
+        raise GateError(f"derivatives of two layers differ from float64 autograd by {single:.1e} and {half:.1e}")
     return (
-        f"on two layers float32 within {worst[torch.float32]:.1e} (relative) of float64 autograd, bfloat16 within "
-        f"{worst[torch.bfloat16]:.1e} of their norm"
+        f"on two layers float32 within {single:.1e} (relative) of float64 autograd, "
+        f"bfloat16 within {half:.1e} of their norm"
     )
 
 
@@ -91,29 +88,24 @@ def measure(
     model = _model(config, layers, torch.bfloat16, device)
     examples = random_examples(batch, tokens=tokens, vocabulary=config.vocab_size, seed=2)
     decoder = Decoder(model)
-    seconds: dict[str, list[float]] = {}
     v = _direction(model)
-    for mode in ROUTES:  # one after the other: each holds a copy of the direction
-        with ExitStack() as stack:
-            passes, _ = make_pass(model, [v], mode=mode)
-            stack.enter_context(passes.running())
-            tasks: dict[str, Callable[[int], Any]] = {
-                "unit": lambda _: forward_full_head(decoder, examples),
-                mode: lambda _, p=passes: p(examples),
-            }
-            seconds |= {
-                f"{mode} {name}": times for name, times in alternate(tasks, rounds=rounds, device=device).items()
-            }
-        del passes, tasks
-    spreads = {mode: ratios(seconds[f"{mode} {mode}"], seconds[f"{mode} unit"]) for mode in ROUTES}
-    middle = {mode: sorted(seconds[f"{mode} {mode}"])[rounds // 2] for mode in ROUTES}
+
+    def unit(_: int) -> object:
+        return forward_full_head(decoder, examples)
+
+    def timed(mode: str) -> dict[str, list[float]]:
+        passes, _ = make_pass(model, [v], mode=mode)
+        with passes.running():
+            return alternate({"unit": unit, "scoring": lambda _: passes(examples)}, rounds=rounds, device=device)
+
+    seconds = {mode: timed(mode) for mode in ROUTES}  # one after the other: each holds a copy of the direction
     values = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "layers": layers or config.num_hidden_layers,
         "tokens": tokens,
         "batch": batch,
-        "tokens_per_second": {mode: tokens * batch / t for mode, t in middle.items()},
-        "units": {mode: spread.to_list() for mode, spread in spreads.items()},
+        "tokens_per_second": {mode: tokens * batch / Spread.of(t["scoring"]).p50 for mode, t in seconds.items()},
+        "units": {mode: ratios(t["scoring"], t["unit"]).to_list() for mode, t in seconds.items()},
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None,
     }
     name = like.rpartition("/")[2] + (f"-{layers}layers" if layers else "")

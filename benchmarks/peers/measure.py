@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from benchmarks.baselines import GateError
 from benchmarks.peers.adapters import u2a_fast as ours
 from benchmarks.peers.contestants import Contestant, user_code_lines
 from benchmarks.peers.environments import PACKAGES, Environment, prepare
@@ -23,10 +24,6 @@ __all__ = ["GateError", "Settings", "in_this_version", "measure"]
 
 CLOCKS = ("seconds", "cpu_seconds")
 STARTING = 2  # processes that load at a time
-
-
-class GateError(RuntimeError):
-    """Scores of u2a_fast are wrong, so no speed in this run is a result."""
 
 
 @dataclass(frozen=True)
