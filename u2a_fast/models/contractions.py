@@ -104,6 +104,11 @@ def _tangent(
     return out[0], out[1]
 
 
+def _token_dots(site: Site, dy: Tensor, g: Tensor) -> Tensor:
+    """dy . g of every token, (N) in the accumulation dtype."""
+    return (dy * g).movedim(site.token_axis, 0).flatten(1).sum(1, dtype=torch.promote_types(g.dtype, torch.float32))
+
+
 def _contract_by_tangent(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Contraction:
     """Any module whose output at a token depends on its input at that token: its own tangent, dotted with g."""
     bare = _Bare(site.module)
@@ -118,8 +123,7 @@ def _contract_by_tangent(site: Site, args: tuple[Any, ...], kwargs: dict[str, An
         for k in range(next(iter(site.directions.values())).shape[0]):
             tangents = {name: site.direction(name.removeprefix("module."), p.dtype)[k] for name, p in own.items()}
             dy = _tangent(forward, own, tangents)[1]
-            product = (dy * g).movedim(site.token_axis, 0).flatten(1)
-            rows.append(product.sum(1, dtype=torch.promote_types(g.dtype, torch.float32)))
+            rows.append(_token_dots(site, dy, g))
         return segment_sum(torch.stack(rows), cu_seqlens)
 
     return contract
@@ -129,11 +133,9 @@ def _contract_rows(site: Site, ids: Tensor) -> Contraction:
     """An embedding: the direction's own rows, dotted with g."""
 
     def contract(g: Tensor, cu_seqlens: Tensor) -> Tensor:
-        accumulate = torch.promote_types(g.dtype, torch.float32)
         rows = []
         for v in site.direction("weight", g.dtype):
-            product = (nn.functional.embedding(ids, v) * g).movedim(site.token_axis, 0).flatten(1)
-            rows.append(product.sum(1, dtype=accumulate))
+            rows.append(_token_dots(site, nn.functional.embedding(ids, v), g))
         return segment_sum(torch.stack(rows), cu_seqlens)
 
     return contract
@@ -196,8 +198,9 @@ def _contract_affine(site: Site, affine: _Affine, y: Tensor) -> Contraction:
 def contraction(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Contraction:
     """What to do with the gradient of ``out``, the output of one call of the site's module."""
     args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
+    own_input = args[0] if args else next(iter(kwargs.values())).detach()
     if site.kind in (Kind.LINEAR, Kind.CONV1D):
-        return _contract_linear(site, args[0] if args else next(iter(kwargs.values())).detach())
+        return _contract_linear(site, own_input)
     if site.kind is Kind.NORM:
         dtype = site.module.get_parameter("weight").dtype
         if dtype not in site.affine:
@@ -205,5 +208,5 @@ def contraction(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], out: 
         if (affine := site.affine[dtype]) is not None:
             return _contract_affine(site, affine, out.detach())
     if site.looks_rows_up:
-        return _contract_rows(site, args[0] if args else next(iter(kwargs.values())))
+        return _contract_rows(site, own_input)
     return _contract_by_tangent(site, args, kwargs)

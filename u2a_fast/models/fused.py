@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from u2a_fast import ops
 from u2a_fast.models.norms import rms_norm_form
+from u2a_fast.models.parameters import replaced_forwards
 from u2a_fast.models.tangents import has_tangent
 
 __all__ = ["fused_op", "fused_tangents"]
@@ -123,32 +124,38 @@ def fused_tangents(model: nn.Module) -> Iterator[None]:
 
     Weights must not change in the block. Modules whose forward was replaced already are left alone.
     """
-    modules: list[nn.Module] = []
-    namespaces: list[tuple[Any, Any]] = []
-    tried: set[Any] = set()
+    with _fused_rotaries(model), replaced_forwards(_forwards(model)):
+        yield
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Modules that may be replaced, each with one of its parameters."""
+    for module in model.modules():
+        like = next((p for p in module.parameters() if p.is_floating_point()), None)
+        if like is not None and like.dtype != torch.float64 and "forward" not in vars(module):
+            yield module, like
+
+
+def _forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+    for module, like in _candidates(model):
+        form = rms_norm_form(module)
+        gelu = _gated_form(module, like) if form is None else None
+        if form is not None:
+            yield module, partial(_rms_norm, module, *form)
+        elif gelu is not None:
+            yield module, partial(_gated, module, gelu)
+
+
+@contextmanager
+def _fused_rotaries(model: nn.Module) -> Iterator[None]:
+    plain: dict[Any, Any] = {}
     try:
-        for module in model.modules():
-            like = next((p for p in module.parameters() if p.is_floating_point()), None)
-            if like is None or like.dtype == torch.float64 or "forward" in vars(module):
-                continue
-            form = rms_norm_form(module)
-            gelu = _gated_form(module, like) if form is None else None
-            if form is not None:
-                module.forward = partial(_rms_norm, module, *form)
-            elif gelu is not None:
-                module.forward = partial(_gated, module, gelu)
-            if "forward" in vars(module):
-                modules.append(module)
+        for module, like in _candidates(model):
             namespace = sys.modules.get(type(module).__module__)
-            if hasattr(namespace, _ROTARY) and namespace not in tried:
-                tried.add(namespace)
-                turned = _rotary_function(namespace, like)
-                if turned is not None:
-                    namespaces.append((namespace, getattr(namespace, _ROTARY)))
-                    setattr(namespace, _ROTARY, turned)
+            if hasattr(namespace, _ROTARY) and namespace not in plain:
+                plain[namespace] = getattr(namespace, _ROTARY)
+                setattr(namespace, _ROTARY, _rotary_function(namespace, like) or plain[namespace])
         yield
     finally:
-        for module in modules:
-            del module.forward
-        for namespace, plain in namespaces:
-            setattr(namespace, _ROTARY, plain)
+        for namespace, function in plain.items():
+            setattr(namespace, _ROTARY, function)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from u2a_fast.models.parameters import replaced_forwards
 from u2a_fast.models.tangents import has_tangent
 
 __all__ = ["short_lora"]
@@ -83,14 +84,6 @@ def short_lora(model: nn.Module) -> Iterator[None]:
 
     Dropout must be off, and adapters must not be switched in the block.
     """
-    replaced = []
-    try:
-        for module in model.modules():
-            adapter = _adapter(module)
-            if adapter is not None:
-                module.forward = partial(_forward, module, adapter)
-                replaced.append(module)
+    adapters = ((module, _adapter(module)) for module in model.modules())
+    with replaced_forwards((module, partial(_forward, module, name)) for module, name in adapters if name is not None):
         yield
-    finally:
-        for module in replaced:
-            del module.forward

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from u2a_fast.models.parameters import replaced_forwards
+
 __all__ = ["rms_norm_form", "short_rms_norms"]
 
 
@@ -67,15 +69,13 @@ def short_rms_norms(model: nn.Module) -> Iterator[None]:
     Weights must not change in the block, nor need gradients. float64 models keep their own norms: they are there to
     be exact.
     """
-    replaced = []
-    try:
-        for module in model.modules():
-            form = rms_norm_form(module)
-            if form is not None:
-                scale = module.get_parameter("weight").detach().float() + form[0]
-                module.forward = partial(_apply, scale, form[1])
-                replaced.append(module)
+    with replaced_forwards(_forwards(model)):
         yield
-    finally:
-        for module in replaced:
-            del module.forward
+
+
+def _forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+    for module in model.modules():
+        form = rms_norm_form(module)
+        if form is not None:
+            scale = module.get_parameter("weight").detach().float() + form[0]
+            yield module, partial(_apply, scale, form[1])

@@ -1,15 +1,16 @@
 """Which parameters count, by kind, by regular expression or by ``requires_grad``."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from u2a_fast.models.kinds import Kind, kind_of
 
-__all__ = ["KINDS", "evaluation_mode", "parameter_names", "selected_parameters"]
+__all__ = ["KINDS", "evaluation_mode", "parameter_names", "replaced_forwards", "selected_parameters"]
 
 KINDS = ("linear", "bias", "norm", "embedding", "lm_head", "lora")
 
@@ -77,6 +78,20 @@ def selected_parameters(model: nn.Module, select: str | Sequence[str] = "trainab
     if not chosen:
         raise ValueError(f"[parameters] the selection {select!r} matches no parameter of {type(model).__name__}")
     return chosen
+
+
+@contextmanager
+def replaced_forwards(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Modules with another forward in place of their class's own, for the duration of the block."""
+    replaced: list[nn.Module] = []
+    try:
+        for module, forward in pairs:
+            module.forward = forward
+            replaced.append(module)
+        yield
+    finally:
+        for module in replaced:
+            del module.forward
 
 
 @contextmanager

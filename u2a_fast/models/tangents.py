@@ -13,7 +13,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from u2a_fast.models.kinds import Kind, kind_of
-from u2a_fast.models.parameters import parameter_names
+from u2a_fast.models.parameters import parameter_names, replaced_forwards
 
 __all__ = ["DualParameters", "has_tangent", "split_dual"]
 
@@ -106,18 +106,14 @@ class DualParameters:
         """The parameters carry their tangents for the duration of the block."""
         shortened = [pair for pair in self._linears if "forward" not in vars(pair[0])]
         try:
-            with forward_ad.dual_level():
+            with forward_ad.dual_level(), replaced_forwards(shortened):
                 for module, key, p, tangent in self._sites:
                     dual: Any = forward_ad.make_dual(p.detach(), tangent)
                     module._parameters[key] = dual
-                for module, forward in shortened:
-                    module.forward = forward
                 yield
         finally:
             for module, key, p, _ in self._sites:
                 module._parameters[key] = p
-            for module, _ in shortened:
-                module.__dict__.pop("forward", None)
 
 
 def split_dual(x: Tensor) -> tuple[Tensor, Tensor | None]:
