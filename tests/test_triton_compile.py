@@ -79,7 +79,7 @@ def _call_ghost(modules: dict[str, Any], dtype: torch.dtype, n: int) -> None:
     # One long example takes the tile forms, many short ones the row form and the Gram form.
     modules["ghost_dot"].ghost_dot(a, g, one, v)
     modules["ghost_dot"].ghost_dot(a, g, many, v)
-    for rank, k in ((16, 1), (64, 3)):
+    for rank, k in ((16, 1), (16, 3), (64, 3)):
         left, right = torch.zeros(k, o, rank, dtype=dtype), torch.zeros(k, i, rank, dtype=dtype)
         modules["ghost_dot_lowrank"].ghost_dot_lowrank(a, g, one, left, right)
         modules["grad_project"].grad_project(a, g, one, right[0], left[0])
@@ -134,10 +134,10 @@ def record(family: str) -> tuple[Recorder, list[str]]:
         module.device_family = lambda device: family
     # More than one block of rows, so that dweight is added to as well as written.
     modules["linear_logprob_backward"].LEAST_ROWS, modules["linear_logprob_backward"].WORKSPACE = 600, 0
-    # float16 where it spilled registers once that bfloat16 did not
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         _call_ghost(modules, dtype, n=1199)
         _call_head(modules, dtype, n=1199, v=129, k=3, full=True)
+    for dtype in (torch.float32, torch.bfloat16):
         _call_elementwise(modules, dtype, gelu=dtype == torch.bfloat16)
         _call_head(modules, dtype, n=1199, v=128, k=1, full=False)
     for dtype, widths in ((torch.float32, (64,)), (torch.bfloat16, (64, 128, 256)), (torch.float16, (64,))):

@@ -171,12 +171,9 @@ class DerivativePass:
 
     def explain(self) -> dict[str, str]:
         """What is done for every module that holds a parameter of the directions, by its path."""
-        found = dict.fromkeys(self.module_paths, "linear_logprob_jvp")
-        if isinstance(self._head, TiledHead):
-            found[self.decoder.head_path] = "ghost_dot, block of the vocabulary by block"
-        if isinstance(self._head, LowRankHead):
-            found[self.decoder.head_path] = f"beside its backward pass, rank {self._head.direction.rank}"
-        return found | {site.path: site.rule for site in self.capture.sites}
+        rules = {site.path: site.rule for site in self.capture.sites}
+        head = self._head.rule if self._head else "linear_logprob_jvp"
+        return {path: rules.get(path, head) for path in self.module_paths}
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -145,6 +145,11 @@ class LowRankHead:
         self.head, self.direction, self.dbias = head, direction, dbias
         self._beside: dict[torch.dtype, Tensor] = {}
 
+    @property
+    def rule(self) -> str:
+        """What contracts the head's gradients, in words."""
+        return f"beside its backward pass, rank {self.direction.rank}"
+
     def _weight(self) -> Tensor:
         weight = self.head.weight.detach()
         if weight.dtype not in self._beside:

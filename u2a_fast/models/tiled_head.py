@@ -29,11 +29,16 @@ class TiledHead:
     With dz = d NLL / d logits, G_i = sum_t dz_t h_t^T, whose contraction with K directions is ``ghost_dot``: for long
     examples one product of the head's size for all K, where ``linear_logprob_jvp`` takes one each.
 
+    Attributes:
+        rule: what contracts the head's gradients, in words.
+
     Args:
         head: the plain linear head.
         dweight: (K, V, D) of its weight, or None.
         dbias: (K, V) of its bias, or None.
     """
+
+    rule = "ghost_dot, block of the vocabulary by block"
 
     def __init__(self, head: Head, dweight: Tensor | None, dbias: Tensor | None) -> None:
         self.head, self.dweight, self.dbias = head, dweight, dbias
