@@ -24,7 +24,7 @@ struct TileEngine {
   using Accumulate = float;
   using Intermediate = BFloat16;
   using Packed = uint32_t;
-  static constexpr int MR = 32, NR = 32, W = 16, kTile = 16 * 16;
+  static constexpr int MR = 32, NR = 32, W = 16, kTile = 16 * 16, kShares = 8;
   static constexpr int kDepth = 32, kDirectionTokens = 30;
   struct Scope {
     Scope() {
@@ -58,15 +58,21 @@ struct TileEngine {
   static void pack_b(View<BFloat16> source, int64_t count, int64_t k, Packed* panel) {
     for (int64_t half = 0; half < 2; ++half) {
       for_pair_depths(source.from_row(half * W), count - half * W, k,
-                      [&](int64_t q, VecU pairs) { store(panel + (q / W * 2 + half) * kTile + q % W * W, pairs); });
+                      [&](int64_t q, VecU pairs) { store(b_row(panel, q, half), pairs); });
     }
   }
+  static void pack_dotted(View<BFloat16> source, int64_t count, int64_t k, Packed* panel) {
+    for_even_and_odd(source, count, k,
+                     [&](int64_t q, int64_t half, VecU pairs) { store(b_row(panel, q, half), pairs); });
+  }
+  static int64_t column_of(int64_t x) { return even_or_odd_column(x); }
+  static void add_dot(const BFloat16* g, const float* row, VecF* sum) { add_even_and_odd(g, row, sum); }
 
   // A panel of B from `count` rows of NR sums, one a depth.
   static const Packed* pack_rows(const float* rows, int64_t count, Packed* panel) {
     for (int64_t q = 0; q < round_up(count, 2 * W) / 2; ++q)
       for (int64_t half = 0; half < 2; ++half)
-        store(panel + (q / W * 2 + half) * kTile + q % W * W, rounded_pairs(rows + half * W, NR, q, count));
+        store(b_row(panel, q, half), rounded_pairs(rows + half * W, NR, q, count));
     return panel;
   }
 
@@ -79,7 +85,7 @@ struct TileEngine {
     multiply(a, b, k, c, ldc, add);
   }
 
-  // The vector units are free while the tile unit multiplies: `beside` is called after each of its steps.
+  // The vector units are free while the tile unit multiplies: its first steps have a share of `beside` each.
   template <class Beside = NothingBeside>
   static void multiply(const Packed* a, const Packed* b, int64_t k, float* c, int64_t ldc, bool add,
                        const Beside& beside = {}) {
@@ -113,13 +119,19 @@ struct TileEngine {
       _tile_loadd(5, lower, stride);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
-      beside(step, steps);
+      if (step < kShares) beside(step);
     }
+    for (int64_t share = steps; share < kShares; ++share) beside(share);
     _tile_stored(0, c, row_bytes);
     _tile_stored(1, c + W, row_bytes);
     _tile_stored(2, c + W * ldc, row_bytes);
     _tile_stored(3, c + W * ldc + W, row_bytes);
     memory_fence();
+  }
+
+ private:
+  static Packed* b_row(Packed* panel, int64_t q, int64_t half) {
+    return panel + (q / W * 2 + half) * kTile + q % W * W;
   }
 };
 
@@ -149,6 +161,51 @@ class RowBlock<TileEngine, BFloat16> {
   Panels<E> panel_;
   View<BFloat16> rows_{nullptr, 0, 1};
   bool whole_ = false;
+};
+
+// Tiles are loaded from the rows themselves, or from a copy where 32 rows would split lines or evict each other from
+// the level-1 cache: it holds 8 lines of each where their distance is no multiple of 2 KiB.
+template <>
+class LongRows<TileEngine, BFloat16> {
+  using E = TileEngine;
+
+ public:
+  LongRows(View<BFloat16> a, int64_t rows, int64_t depth)
+      : a_(a),
+        rows_(rows),
+        depth_(depth),
+        stride_(round_up(depth, kLine) + kLine),
+        in_place_(depth % kLine == 0 && a.row % kLine == 0 && a.row % (32 * kLine) != 0 &&
+                  reinterpret_cast<uintptr_t>(a.data) % 64 == 0),
+        copy_((in_place_ ? E::MR : round_up(rows, E::MR)) * stride_ * sizeof(BFloat16)) {}
+
+  void load(int64_t r) {
+    if (reads_in_place(r)) return;
+    BFloat16* to = copy_.as<BFloat16>() + copied(r) * stride_;
+    for (int64_t i = 0; i < E::MR; ++i, to += stride_) {
+      const int64_t kept = i < rows_ - r ? depth_ : 0;
+      std::memcpy(to, a_.data + (kept ? r + i : r) * a_.row, kept * sizeof(BFloat16));
+      std::memset(to + kept, 0, (stride_ - kept) * sizeof(BFloat16));
+    }
+  }
+
+  template <class Beside>
+  void multiply(int64_t r, int64_t depth, const uint32_t* b, int64_t k, float* c, const Beside& beside) const {
+    const bool here = reads_in_place(r);
+    const int64_t row = here ? a_.row : stride_;
+    const BFloat16* upper = (here ? a_.data + r * row : copy_.as<BFloat16>() + copied(r) * row) + depth;
+    E::multiply_tiles(upper, upper + E::W * row, kLine, row * sizeof(BFloat16), b, k, c, E::NR, false, beside);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(BFloat16);
+  bool reads_in_place(int64_t r) const { return in_place_ && r + E::MR <= rows_; }
+  int64_t copied(int64_t r) const { return in_place_ ? 0 : r; }
+
+  View<BFloat16> a_;
+  int64_t rows_, depth_, stride_;
+  bool in_place_;
+  Buffer copy_;
 };
 
 }  // namespace

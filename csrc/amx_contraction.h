@@ -46,9 +46,9 @@ class TileContraction {
 
   float* tile(int64_t x) { return tiles_[x % 2]; }
 
-  void take(int64_t x, int64_t share, int64_t shares) {
-    const int64_t rows = ceil_div(E::MR, shares);
-    for (int64_t r = share * rows; r < smaller<int64_t>((share + 1) * rows, E::MR); ++r) {
+  void take(int64_t x, int64_t share) {
+    constexpr int64_t kRows = E::MR / E::kShares;
+    for (int64_t r = share * kRows; r < (share + 1) * kRows; ++r) {
       __m512 low = (__m512)load(tile(x) + r * E::NR), high = (__m512)load(tile(x) + r * E::NR + W);
       for (int64_t part = 0; part < kParts; ++part) {
         const __m512 first = leading(low), second = leading(high);

@@ -13,7 +13,7 @@ struct PairEngine {
   using Accumulate = float;
   using Intermediate = BFloat16;
   using Packed = uint32_t;
-  static constexpr int MR = 12, NR = 32, W = 16;
+  static constexpr int MR = 12, NR = 32, W = 16, kShares = 1;
   static constexpr int kDepth = 2, kDirectionTokens = 15;
   struct Scope {};
 
@@ -29,6 +29,13 @@ struct PairEngine {
                       [&](int64_t q, VecU pairs) { store(panel + q * NR + half, pairs); });
     }
   }
+
+  static void pack_dotted(View<BFloat16> source, int64_t count, int64_t k, Packed* panel) {
+    for_even_and_odd(source, count, k,
+                     [&](int64_t q, int64_t half, VecU pairs) { store(panel + q * NR + half * W, pairs); });
+  }
+  static int64_t column_of(int64_t x) { return even_or_odd_column(x); }
+  static void add_dot(const BFloat16* g, const float* row, VecF* sum) { add_even_and_odd(g, row, sum); }
 
   // A panel of B from `count` rows of NR sums, one a depth.
   static const Packed* pack_rows(const float* rows, int64_t count, Packed* panel) {
@@ -72,7 +79,7 @@ struct PairEngine {
       _mm512_storeu_ps(c + r * ldc, sum[r][0]);
       _mm512_storeu_ps(c + r * ldc + W, sum[r][1]);
     }
-    beside(0, 1);
+    beside(0);
   }
 };
 

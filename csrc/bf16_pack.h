@@ -57,14 +57,36 @@ struct PairSquare {
   }
 };
 
+// What memory needs to answer takes as long as this many squares.
+constexpr int64_t kSquaresAhead = 8;
+
 // Packs rows of pairs: store(q, lanes) receives, for each pair of depths q in order, the pairs of the square's rows.
 template <class Store>
 void for_pair_depths(View<BFloat16> source, int64_t count, int64_t k, const Store& store_lanes) {
   for (int64_t k0 = 0; k0 < k; k0 += 2 * PairSquare::W) {
     PairSquare square;
+    // Rows are too far apart for the hardware to see what is read next.
+    for (int64_t i = 0; source.depth == 1 && i < smaller<int64_t>(PairSquare::W, count); ++i)
+      __builtin_prefetch(source.data + i * source.row + k0 + kSquaresAhead * 2 * PairSquare::W);
     if (square.load(source, count, k0, k)) transpose(square.lanes);
     for (int q = 0; q < PairSquare::W; ++q) store_lanes(k0 / 2 + q, square.lanes[q]);
   }
+}
+
+// The even columns of a panel of B for its first half, the odd ones for the second: of 32 values of g in one load,
+// a shift makes floats of the even ones and a mask of the odd ones.
+template <class Store>
+void for_even_and_odd(View<BFloat16> source, int64_t count, int64_t k, const Store& store_lanes) {
+  for (int64_t half = 0; half < 2; ++half)
+    for_pair_depths({source.data + half * source.row, 2 * source.row, source.depth}, ceil_div(count - half, 2), k,
+                    [&](int64_t q, VecU pairs) { store_lanes(q, half, pairs); });
+}
+inline int64_t even_or_odd_column(int64_t x) { return x % PairSquare::W * 2 + x / PairSquare::W; }
+inline void add_even_and_odd(const BFloat16* g, const float* row, VecF* sum) {
+  VecU pairs;
+  std::memcpy(&pairs, g, sizeof(pairs));
+  *sum += bits_as<VecF>(pairs << 16) * load(row);
+  *sum += bits_as<VecF>(pairs & 0xffff0000u) * load(row + PairSquare::W);
 }
 
 inline VecU rounded(VecF x) {

@@ -64,10 +64,21 @@ void pack_panel(View<T> source, int64_t count, int64_t k, S* panel) {
   }
 }
 
-// Work that shares no data with a multiplication and can fill what it leaves of the processor.
+// Work that shares no data with a multiplication and can fill what it leaves of the processor, a share at a time.
 struct NothingBeside {
-  void operator()(int64_t, int64_t) const {}
+  void operator()(int64_t) const {}
 };
+
+// sum += products of whole vectors of columns; returns the products of the columns left over.
+template <class T, class S>
+inline S add_products(const T* g, const S* u, int64_t columns, Vec<S>* sum) {
+  constexpr int W = kLanes<S>;
+  int64_t c = 0;
+  for (; c + W <= columns; c += W) *sum += load(g + c) * load(u + c);
+  S rest = 0;
+  for (; c < columns; ++c) rest += scalar(g[c]) * u[c];
+  return rest;
+}
 
 // Multiplies in S, which is also the type of the sums.
 // 12 x 2 vectors of sums keep both FMA ports busy through their latency (2 x 4 in flight) and leave room in 32
@@ -77,7 +88,7 @@ struct VectorEngine {
   using Accumulate = S;
   using Intermediate = S;  // what products of products are packed from
   using Packed = S;
-  static constexpr int MR = Rows, NR = Vectors * kLanes<S>;
+  static constexpr int MR = Rows, NR = Vectors * kLanes<S>, kShares = 1;
   static constexpr int kDepth = 1, kDirectionTokens = 9;
   struct Scope {};
 
@@ -97,12 +108,24 @@ struct VectorEngine {
   static const Packed* pack_rows(const S* rows, int64_t, Packed*) { return rows; }
   static const Packed* pack_a_rows(const S* rows, Packed*) { return rows; }
 
-  // c (MR x NR, rows ldc apart) = or += a b^T; beside(step, steps) is called `steps` times along the way.
+  // A panel of B for tiles that are dotted with add_dot, in whose rows entry x is of column column_of(x).
+  template <class T>
+  static void pack_dotted(View<T> source, int64_t count, int64_t k, Packed* panel) {
+    pack_b(source, count, k, panel);
+  }
+  static int64_t column_of(int64_t x) { return x; }
+  // sum += NR values of g times such a row.
+  template <class T>
+  static void add_dot(const T* g, const S* row, Vec<S>* sum) {
+    add_products<T, S>(g, row, NR, sum);
+  }
+
+  // c (MR x NR, rows ldc apart) = or += a b^T; beside(share) is called for each of kShares along the way.
   template <class Beside = NothingBeside>
   static void multiply(const Packed* a, const Packed* b, int64_t k, S* c, int64_t ldc, bool add,
                        const Beside& beside = {}) {
     product(a, 1, MR, b, k, c, ldc, add);
-    beside(0, 1);
+    beside(0);
   }
   // The same for a from pack_a_rows.
   static void multiply_rows(const Packed* a, const Packed* b, int64_t k, S* c, int64_t ldc, bool add) {
@@ -150,16 +173,26 @@ class Panels {
   }
   template <class T>
   void pack_b(View<T> source, int64_t rows, const Parallel& parallel, int64_t first = 0) {
-    parallel_for(parallel, ceil_div(rows, E::NR), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin * E::NR; r < smaller(end * E::NR, rows); r += E::NR)
-        E::pack_b(source.from_row(r), rows - r, k_, at(first + r));
-    });
+    for_panels(rows, parallel,
+               [&](int64_t r) { E::pack_b(source.from_row(r), rows - r, k_, at(first + r)); });
+  }
+  template <class T>
+  void pack_dotted(View<T> source, int64_t rows, const Parallel& parallel, int64_t first) {
+    for_panels(rows, parallel,
+               [&](int64_t r) { E::pack_dotted(source.from_row(r), rows - r, k_, at(first + r)); });
   }
   // The panel that starts with `row`, a multiple of the width.
   Packed* at(int64_t row) const { return buffer_.template as<Packed>() + (is_a_ ? row / E::MR : row / E::NR) * size_; }
   int64_t depth() const { return k_; }
 
  private:
+  template <class Body>
+  static void for_panels(int64_t rows, const Parallel& parallel, const Body& body) {
+    parallel_for(parallel, ceil_div(rows, E::NR), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin * E::NR; r < smaller(end * E::NR, rows); r += E::NR) body(r);
+    });
+  }
+
   int64_t k_;
   bool is_a_;
   int64_t size_;

@@ -9,38 +9,71 @@
 namespace u2a {
 namespace {
 
-// sum += products of whole vectors of columns; returns the products of the columns left over.
-template <class T, class S>
-inline S add_products(const T* g, const S* u, int64_t columns, Vec<S>* sum) {
-  constexpr int W = kLanes<S>;
-  int64_t c = 0;
-  for (; c + W <= columns; c += W) *sum += load(g + c) * load(u + c);
-  S rest = 0;
-  for (; c < columns; ++c) rest += scalar(g[c]) * u[c];
-  return rest;
-}
+// Rows of A, each `depth` long, as the row form multiplies them. This one packs; engines that need not have their own.
+template <class E, class T>
+class LongRows {
+ public:
+  LongRows(View<T> a, int64_t rows, int64_t depth) : a_(a), rows_(rows), panels_(rows, depth, true) {}
+
+  // Comes before the first product of the MR rows from r on.
+  void load(int64_t r) { E::pack_a(a_.from_row(r), rows_ - r, panels_.depth(), panels_.at(r)); }
+
+  // c (MR x NR) = those rows, k of their depths from `depth` on, times a panel of B.
+  template <class Beside>
+  void multiply(int64_t r, int64_t depth, const typename E::Packed* b, int64_t k, typename E::Accumulate* c,
+                const Beside& beside) const {
+    E::multiply(panels_.at(r) + E::a_panel_size(depth), b, k, c, E::NR, false, beside);
+  }
+
+ private:
+  View<T> a_;
+  int64_t rows_;
+  Panels<E> panels_;
+};
 
 // Row sums of a panel's tiles times g, in vectors until the last tile is in.
 template <class E, class T>
-struct RowDots {
+class RowDots {
   using S = typename E::Accumulate;
-  const T* g;
-  int64_t stride, count;
-  Vec<S> sum[E::MR] = {};
-  S rest[E::MR] = {};
+  using Mask = decltype(Vec<S>{} < Vec<S>{});
+  static constexpr int W = kLanes<S>, kRows = E::MR / E::kShares;
+  static_assert(E::MR % E::kShares == 0, "shares are equal");
+
+ public:
+  RowDots(const T* g, int64_t stride, int64_t count) : g_(g), stride_(stride), count_(count) {}
 
   // Takes in a share of the rows of a tile of `columns` columns from `column` on.
-  void add(const S* tile, int64_t column, int64_t columns, int64_t share, int64_t shares) {
-    const int64_t rows = ceil_div(E::MR, shares), first = share * rows, end = smaller(first + rows, count);
-    const T* from = g + first * stride + column;
-    const S* u = tile + first * E::NR;
-    if (columns == E::NR) {
-      for (int64_t t = first; t < end; ++t, from += stride, u += E::NR) add_products<T, S>(from, u, E::NR, sum + t);
-    } else {
-      for (int64_t t = first; t < end; ++t, from += stride, u += E::NR)
-        rest[t] += add_products<T, S>(from, u, columns, sum + t);
+  void add(const S* tile, int64_t column, int64_t columns, int64_t share) {
+    const int64_t first = share * kRows, end = smaller(first + kRows, count_);
+    const T* from = g_ + first * stride_ + column;
+    const S* row = tile + first * E::NR;
+    if (columns < E::NR) return add_part(from, row, columns, first, end);
+    for (int64_t t = first; t < end; ++t, from += stride_, row += E::NR) {
+      for (int64_t c = 0; c < E::NR; c += 64 / sizeof(T)) __builtin_prefetch(from + E::MR * stride_ + c, 0, 2);
+      E::add_dot(from, row, sum_ + t);
     }
   }
+
+  double sum(int64_t t) const { return sum_lanes<S>(sum_[t]); }
+
+ private:
+  // Panels are padded with zeros, whose product with an infinity is not 0.
+  void add_part(const T* from, const S* row, int64_t columns, int64_t first, int64_t end) {
+    Mask inside[E::NR / W] = {};
+    for (int v = 0; v < E::NR / W; ++v)
+      for (int x = 0; x < W; ++x) inside[v][x] = E::column_of(v * W + x) < columns ? -1 : 0;
+    T g[E::NR] = {};
+    S kept[E::NR];
+    for (int64_t t = first; t < end; ++t, from += stride_, row += E::NR) {
+      std::memcpy(g, from, columns * sizeof(T));
+      for (int v = 0; v < E::NR / W; ++v) store(kept + v * W, inside[v] ? load(row + v * W) : Vec<S>{});
+      E::add_dot(g, kept, sum_ + t);
+    }
+  }
+
+  const T* g_;
+  int64_t stride_, count_;
+  Vec<S> sum_[E::MR] = {};
 };
 
 // Sizes of blocks, from the bytes that each should take of a level-2 cache of 2 MiB and a level-1 cache of 32 KiB.
@@ -58,10 +91,10 @@ struct RowBlocking {
     cached = larger<int64_t>(E::NR, smaller(packed, kColumnBytes / bytes / E::NR * E::NR));
   }
 
-  static constexpr int64_t kMostRows = 384;
+  static constexpr int64_t kMostRows = 256;
 
  private:
-  static constexpr int64_t kPanelBytes = 16 << 10, kColumnBytes = 512 << 10;
+  static constexpr int64_t kPanelBytes = 16 << 10, kColumnBytes = 768 << 10;
   static int64_t row_bytes() { return E::b_panel_size(kUnit) * sizeof(typename E::Packed) / (E::NR * kUnit); }
   // At most `most`, as even as whole units allow.
   static int64_t even_share(int64_t whole, int64_t most) {
@@ -104,45 +137,41 @@ class TokenDots {
     const int64_t columns = smaller(blocking_.packed, op_.o - o), width = round_up(columns, E::NR);
     for (int64_t j = 0; j < count; ++j) {
       const View<T> from = v_.from_row((k + j) * op_.o + o);
-      b.pack_b(View<T>{from.data + i, from.row, 1}, columns, parallel_, j * width);
+      b.pack_dotted(View<T>{from.data + i, from.row, 1}, columns, parallel_, j * width);
     }
     const auto add_rows = [&](int64_t first, int64_t rows) {
-      Panels<E> a(rows, b.depth(), true);
-      for (int64_t r = 0; r < rows; r += E::MR)
-        if (wanted_[(first + r) / E::MR])
-          E::pack_a(View<T>{a_.from_row(first + r).data + i, a_.row, 1}, rows - r, b.depth(), a.at(r));
+      LongRows<E, T> a({a_.from_row(first).data + i, a_.row, 1}, rows, b.depth());
       for (int64_t j = 0; j < count; ++j)
         for (int64_t c = 0; c < columns; c += blocking_.cached)
-          for (int64_t r = 0; r < rows; r += E::MR)
-            if (wanted_[(first + r) / E::MR])
-              add_panel(a.at(r), first + r, smaller<int64_t>(E::MR, rows - r), b, j * width + c,
-                        smaller(blocking_.cached, columns - c), o + c, rows_ + (k + j) * op_.n);
+          for (int64_t r = 0; r < rows; r += E::MR) {
+            if (!wanted_[(first + r) / E::MR]) continue;
+            if (j == 0 && c == 0) a.load(r);
+            RowDots<E, T> dots(g_.from_row(first + r).data + o + c, g_.row, smaller<int64_t>(E::MR, rows - r));
+            add_panel(a, r, b, j * width + c, smaller(blocking_.cached, columns - c), dots);
+            for (int64_t t = r; t < smaller(r + E::MR, rows); ++t)
+              rows_[(k + j) * op_.n + first + t] += dots.sum(t - r);
+          }
     };
     for_row_blocks<E>(op_.n, parallel_, add_rows, RowBlocking<E>::kMostRows);
   }
 
-  // rows[t] += g_t^T B a_t for the `count` rows of a panel of A and `columns` rows of B from `first` on, which are
-  // features `o` on. Tiles are one panel wide, so that they and the panel of A stay in the level-1 cache; a tile is
-  // dotted with g while the next is being multiplied.
-  void add_panel(const Packed* a, int64_t row, int64_t count, const Panels<E>& b, int64_t first, int64_t columns,
-                 int64_t o, double* rows) {
-    RowDots<E, T> dots{g_.from_row(row).data + o, g_.row, count};
+  // dots += g_t^T B a_t for the MR rows of A from r on and `columns` rows of B from `first` on. Tiles are one panel wide,
+  // so that they and a step of the rows stay in the level-1 cache; a tile is dotted while the next is being multiplied.
+  void add_panel(const LongRows<E, T>& a, int64_t r, const Panels<E>& b, int64_t first, int64_t columns,
+                 RowDots<E, T>& dots) {
     alignas(64) S tile[2][E::MR * E::NR];
     int64_t previous = 0, made = 0;
+    const auto dot_previous = [&](int64_t share) {
+      if (made > 0) dots.add(tile[1 - made % 2], previous, smaller<int64_t>(E::NR, columns - previous), share);
+    };
     for (int64_t depth = 0; depth < b.depth(); depth += blocking_.step) {
+      const int64_t k = smaller(blocking_.step, b.depth() - depth);
       for (int64_t c = 0; c < columns; c += E::NR, ++made) {
-        const S* finished = tile[1 - made % 2];
-        E::multiply(a + E::a_panel_size(depth), b.at(first + c) + E::b_panel_size(depth),
-                    smaller(blocking_.step, b.depth() - depth), tile[made % 2], E::NR, false,
-                    [&](int64_t share, int64_t shares) {
-                      if (made > 0)
-                        dots.add(finished, previous, smaller<int64_t>(E::NR, columns - previous), share, shares);
-                    });
+        a.multiply(r, depth, b.at(first + c) + E::b_panel_size(depth), k, tile[made % 2], dot_previous);
         previous = c;
       }
     }
-    dots.add(tile[1 - made % 2], previous, columns - previous, 0, 1);
-    for (int64_t t = 0; t < count; ++t) rows[row + t] += double(sum_lanes<S>(dots.sum[t])) + double(dots.rest[t]);
+    for (int64_t share = 0; share < E::kShares; ++share) dot_previous(share);
   }
 
   const GhostDot& op_;

@@ -61,7 +61,7 @@ class VectorContraction {
 
   // Where the tile of example x is to be made; it is taken in by shares once it is there.
   S* tile(int64_t x) { return tiles_.as<S>() + x * kArea; }
-  void take(int64_t, int64_t, int64_t) {}
+  void take(int64_t, int64_t) {}
 
   // Adds the products of the tiles of row panel q and column panel p.
   void add_panel(int64_t, int64_t q) {
@@ -237,12 +237,12 @@ class TileDots {
     for (int64_t x = 0; x < few; ++x) {
       const int64_t t = tokens(e + x);
       const Operands panels = panels_of(x, t);
-      E::multiply(panels.g, panels.a, t, contraction.tile(x), E::NR, false, [&](int64_t share, int64_t shares) {
-        if (x > 0) contraction.take(x - 1, share, shares);
+      E::multiply(panels.g, panels.a, t, contraction.tile(x), E::NR, false, [&](int64_t share) {
+        if (x > 0) contraction.take(x - 1, share);
       });
       clear_outside(contraction.tile(x), rows, columns);
     }
-    contraction.take(few - 1, 0, 1);
+    for (int64_t share = 0; share < E::kShares; ++share) contraction.take(few - 1, share);
   }
 
   // Panels are padded with zeros, whose product with an infinity is not 0.

@@ -6,7 +6,7 @@ at any time.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,7 @@ from u2a_fast.data.packing import Example, Packed, batched
 from u2a_fast.influence.lowrank import Approximation
 from u2a_fast.models.capture import Capture
 from u2a_fast.models.decoder import Decoder, Head, check_packing, check_reduction, reduce_tokens
+from u2a_fast.models.gated import short_gated_units
 from u2a_fast.models.lora import short_lora
 from u2a_fast.models.low_rank import LowRankHead
 from u2a_fast.models.norms import short_rms_norms
@@ -178,8 +179,11 @@ class DerivativePass:
     @contextmanager
     def running(self) -> Iterator[None]:
         """The model frozen, in evaluation mode and in ``dtype``: run batches inside this block."""
-        cast = cast_parameters(self.model, self.dtype) if self.dtype is not None else nullcontext()
-        with cast, evaluation_mode(self.model), short_lora(self.model), short_rms_norms(self.model):
+        with ExitStack() as stack:
+            if self.dtype is not None:
+                stack.enter_context(cast_parameters(self.model, self.dtype))
+            for context in (evaluation_mode, short_lora, short_rms_norms, short_gated_units):
+                stack.enter_context(context(self.model))
             yield
 
     def batches(self, examples: Sequence[Example], token_budget: int) -> list[tuple[list[int], list[Example]]]:

@@ -17,23 +17,15 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from u2a_fast import ops
+from u2a_fast.models.gated import gated_form
 from u2a_fast.models.norms import rms_norm_form
 from u2a_fast.models.parameters import replaced_forwards
+from u2a_fast.models.probe import agree, noise
 from u2a_fast.models.tangents import has_tangent
 
 __all__ = ["fused_op", "fused_tangents"]
 
 _ROTARY = "apply_rotary_pos_emb"
-
-
-def _agree(got: Tensor, want: Tensor) -> bool:
-    # rounded once where the model rounds after every operation
-    error, size = (got - want).abs().amax(-1), want.abs().amax(-1)
-    return bool((error <= 8 * torch.finfo(want.dtype).eps * size).all())
-
-
-def _noise(*shape: int, like: Tensor) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
 
 
 def _rms_norm(module: Any, offset: float, eps: float, hidden_states: Tensor) -> Tensor:
@@ -57,30 +49,6 @@ def _gated(module: Any, gelu: bool, x: Tensor) -> Tensor:
     return module.down_proj(forward_ad.make_dual(y.view(gate.shape), dy.view(gate.shape)))
 
 
-@torch.no_grad()
-def _gated_form(module: Any, like: Tensor) -> bool | None:
-    """Whether a gated unit down(act(gate x) * up x) has GELU by tanh (True) or SiLU (False); None: it is neither."""
-    parts: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")]
-    gate, up, _, activation = parts
-    plain = type(activation).__module__ in ("transformers.activations", "torch.nn.modules.activation")
-    if not plain or not all(isinstance(part, nn.Module) for part in parts):
-        return None
-    if activation._forward_hooks or activation._forward_pre_hooks or "forward" in vars(activation):
-        return None
-    features = getattr(up, "in_features", None)
-    if not isinstance(features, int):
-        return None
-    x = _noise(4, features, like=like)
-    x = x * x.new_tensor([[1], [4], [16], [64]])  # some models clip what is large
-    z, u = gate(x), up(x)
-    own = type(module).forward(module, x)
-    for gelu in (False, True):
-        y, _ = ops.glu_jvp(z, u, torch.zeros_like(z), torch.zeros_like(u), gelu)
-        if _agree(y, activation(z) * u) and _agree(module.down_proj(y), own):
-            return gelu
-    return None
-
-
 def _rotate(plain: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
     whole = q.shape[0] == 1 and cos.dim() == 3 and cos.shape[-1] == q.shape[-1]  # some models turn a part of a head
     if not (whole and has_tangent(q) and has_tangent(k)):
@@ -99,14 +67,14 @@ def _rotary_function(namespace: Any, like: Tensor) -> Callable[..., tuple[Tensor
     plain = getattr(namespace, _ROTARY, None)
     if plain is None:
         return None
-    q, angles = _noise(1, 2, 5, 8, like=like), _noise(1, 5, 4, like=like)
+    q, angles = noise(1, 2, 5, 8, like=like), noise(1, 5, 4, like=like)
     cos, sin = (torch.cat([f(angles)] * 2, -1) for f in (torch.cos, torch.sin))
     try:
         want = plain(q, q, cos, sin)[0]
     except (TypeError, ValueError, RuntimeError):  # another signature
         return None
     got = ops.rotary(q[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None]
-    if want.shape != got.shape or not _agree(got, want):
+    if want.shape != got.shape or not agree(got, want):
         return None
     return partial(_rotate, plain)
 
@@ -137,9 +105,9 @@ def _candidates(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
 
 
 def _forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
-    for module, like in _candidates(model):
+    for module in model.modules():
         form = rms_norm_form(module)
-        gelu = _gated_form(module, like) if form is None else None
+        gelu = gated_form(module) if form is None else None
         if form is not None:
             yield module, partial(_rms_norm, module, *form)
         elif gelu is not None:

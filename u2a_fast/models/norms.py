@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from u2a_fast.models.parameters import replaced_forwards
+from u2a_fast.models.probe import agree, noise
 
 __all__ = ["rms_norm_form", "short_rms_norms"]
 
@@ -51,13 +52,12 @@ def rms_norm_form(module: nn.Module) -> tuple[float, float] | None:
         return None
     if weight.requires_grad or weight.dtype == torch.float64:
         return None
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, len(weight), generator=generator).to(weight.device, weight.dtype)
+    x = noise(4, len(weight), like=weight)
     with torch.no_grad():
         want = type(module).forward(module, x)
         for offset in (0.0, 1.0):  # Gemma's norms multiply by 1 + weight
             got = _RMSNorm.apply(x, weight.detach().float() + offset, eps)
-            if (got - want).abs().max() <= 8 * torch.finfo(weight.dtype).eps * want.abs().max():
+            if agree(got, want):
                 return offset, eps
     return None
 
