@@ -232,21 +232,21 @@ class DerivativePass:
         """Log-probabilities (M) and the head's own part of d NLL / d direction (K, B); backward into the decoder."""
         head = self.decoder.head
         assert head is not None
-        part = None
+        part, dh = None, None
         with torch.no_grad():
             rows = head.inputs(h, packed)
             own = (rows, head.weight, packed.target)
-            if self._dweight is None or self._head:
+            upstream = weights.to(torch.promote_types(rows.dtype, torch.float32))
+            if self._head:
+                logp, dh, part = self._head.propagate(upstream, rows, packed.target, packed.cu_targets)
+            elif self._dweight is None:
                 logp, lse = ops.linear_logprob(*own, head.bias, head.softcap)
             else:
                 dbias = self._dbias.to(rows.dtype) if self._dbias is not None else None
                 dweight = self._dweight.to(rows.dtype)
                 logp, lse, jvp = ops.linear_logprob_jvp(*own, None, dweight, head.bias, dbias, head.softcap)
                 part = -reduce_tokens(jvp, packed, self.reduction)
-            upstream, dh = weights.to(logp.dtype), None
-            if self._head:
-                dh, part = self._head.backward(upstream, rows, packed.target, lse, packed.cu_targets)
-            elif h.requires_grad:
+            if dh is None and h.requires_grad:
                 dh, _, _ = torch.ops.u2a_fast.linear_logprob_backward(
                     upstream, torch.zeros_like(upstream), *own, lse, head.bias, head.softcap, True, False
                 )

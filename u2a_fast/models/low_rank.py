@@ -159,10 +159,11 @@ class LowRankHead:
             self._beside[weight.dtype] = torch.cat([weight, *(c.to(weight) for c in columns)], 1)
         return self._beside[weight.dtype]
 
-    def backward(
-        self, upstream: Tensor, h: Tensor, target: Tensor, lse: Tensor, cu_seqlens: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Gradient in h (M, D) and directional derivatives (K, B) of sum_t upstream_t log p(target_t)."""
+    def propagate(
+        self, upstream: Tensor, h: Tensor, target: Tensor, cu_seqlens: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of sum_t upstream_t log p(target_t): log-probabilities (M), gradient in h (M, D), derivatives (K, B)."""
+        logp, lse = ops.linear_logprob(h, self.head.weight.detach(), target, self.head.bias, self.head.softcap)
         weight, width = self._weight(), h.shape[1]
         padded = torch.nn.functional.pad(h, (0, weight.shape[1] - width))
         out, _, _ = torch.ops.u2a_fast.linear_logprob_backward(
@@ -178,7 +179,7 @@ class LowRankHead:
             False,
         )
         beside = out[:, width:].to(torch.promote_types(out.dtype, torch.float32))
-        return out[:, :width], segment_sum(self._own(h, beside), cu_seqlens)
+        return logp, out[:, :width], segment_sum(self._own(h, beside), cu_seqlens)
 
     def _own(self, h: Tensor, beside: Tensor) -> Tensor:
         k, _, r = self.direction.left.shape
