@@ -22,6 +22,7 @@ from u2a_fast.models.lora import short_lora
 from u2a_fast.models.low_rank import LowRankHead
 from u2a_fast.models.norms import short_rms_norms
 from u2a_fast.models.parameters import evaluation_mode, parameter_names
+from u2a_fast.models.rotary import short_rotaries
 from u2a_fast.models.tiled_head import TiledHead, tiled_head_is_cheaper
 
 __all__ = ["Approximate", "DerivativeBatch", "DerivativePass", "Direction", "cast_parameters", "stack_directions"]
@@ -182,7 +183,7 @@ class DerivativePass:
         with ExitStack() as stack:
             if self.dtype is not None:
                 stack.enter_context(cast_parameters(self.model, self.dtype))
-            for context in (evaluation_mode, short_lora, short_rms_norms, short_gated_units):
+            for context in (evaluation_mode, short_lora, short_rms_norms, short_gated_units, short_rotaries):
                 stack.enter_context(context(self.model))
             yield
 

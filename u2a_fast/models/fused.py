@@ -6,13 +6,11 @@ half of a forward-mode pass (benchmarks/LOG.md). Each is used where random input
 computes, and where there is a tangent to carry; float64 models, which are there to be exact, keep their own.
 """
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
@@ -20,12 +18,10 @@ from u2a_fast import ops
 from u2a_fast.models.gated import gated_form
 from u2a_fast.models.norms import rms_norm_form
 from u2a_fast.models.parameters import replaced_forwards
-from u2a_fast.models.probe import agree, noise
+from u2a_fast.models.rotary import Rotate, is_whole, replaced_rotaries, turned
 from u2a_fast.models.tangents import has_tangent
 
 __all__ = ["fused_op", "fused_tangents"]
-
-_ROTARY = "apply_rotary_pos_emb"
 
 
 def _rms_norm(module: Any, offset: float, eps: float, hidden_states: Tensor) -> Tensor:
@@ -49,34 +45,11 @@ def _gated(module: Any, gelu: bool, x: Tensor) -> Tensor:
     return module.down_proj(forward_ad.make_dual(y.view(gate.shape), dy.view(gate.shape)))
 
 
-def _rotate(plain: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
-    whole = q.shape[0] == 1 and cos.dim() == 3 and cos.shape[-1] == q.shape[-1]  # some models turn a part of a head
-    if not (whole and has_tangent(q) and has_tangent(k)):
+def _rotate(plain: Rotate, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    if not (is_whole(q, cos) and has_tangent(q) and has_tangent(k)):
         return plain(q, k, cos, sin)
-    out = []
-    for x in (q, k):
-        pair = forward_ad.unpack_dual(x)
-        turned = [ops.rotary(t[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None] for t in pair]
-        out.append(forward_ad.make_dual(turned[0], turned[1]))
-    return tuple(out)
-
-
-@torch.no_grad()
-def _rotary_function(namespace: Any, like: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """The namespace's rotary function through ``rotary``, None where it computes something else."""
-    plain = getattr(namespace, _ROTARY, None)
-    if plain is None:
-        return None
-    q, angles = noise(1, 2, 5, 8, like=like), noise(1, 5, 4, like=like)
-    cos, sin = (torch.cat([f(angles)] * 2, -1) for f in (torch.cos, torch.sin))
-    try:
-        want = plain(q, q, cos, sin)[0]
-    except (TypeError, ValueError, RuntimeError):  # another signature
-        return None
-    got = ops.rotary(q[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None]
-    if want.shape != got.shape or not agree(got, want):
-        return None
-    return partial(_rotate, plain)
+    pairs = [[turned(t, cos, sin) for t in forward_ad.unpack_dual(x)] for x in (q, k)]
+    return tuple(forward_ad.make_dual(primal, tangent) for primal, tangent in pairs)
 
 
 def fused_op(module: nn.Module) -> str | None:
@@ -92,16 +65,8 @@ def fused_tangents(model: nn.Module) -> Iterator[None]:
 
     Weights must not change in the block. Modules whose forward was replaced already are left alone.
     """
-    with _fused_rotaries(model), replaced_forwards(_forwards(model)):
+    with replaced_rotaries(model, _rotate), replaced_forwards(_forwards(model)):
         yield
-
-
-def _candidates(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
-    """Modules that may be replaced, each with one of its parameters."""
-    for module in model.modules():
-        like = next((p for p in module.parameters() if p.is_floating_point()), None)
-        if like is not None and like.dtype != torch.float64 and "forward" not in vars(module):
-            yield module, like
 
 
 def _forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
@@ -112,18 +77,3 @@ def _forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
             yield module, partial(_rms_norm, module, *form)
         elif gelu is not None:
             yield module, partial(_gated, module, gelu)
-
-
-@contextmanager
-def _fused_rotaries(model: nn.Module) -> Iterator[None]:
-    plain: dict[Any, Any] = {}
-    try:
-        for module, like in _candidates(model):
-            namespace = sys.modules.get(type(module).__module__)
-            if hasattr(namespace, _ROTARY) and namespace not in plain:
-                plain[namespace] = getattr(namespace, _ROTARY)
-                setattr(namespace, _ROTARY, _rotary_function(namespace, like) or plain[namespace])
-        yield
-    finally:
-        for namespace, function in plain.items():
-            setattr(namespace, _ROTARY, function)
