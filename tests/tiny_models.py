@@ -70,6 +70,7 @@ def true_float64() -> Iterator[None]:
     and tangents are rounded apart, nothing agrees beyond 1e-7."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch.Tensor, "float", torch.Tensor.double))
+        stack.enter_context(mock.patch.object(torch, "float", torch.float64))
         for norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
             stack.enter_context(mock.patch.object(norm, "forward", _exact_norm))
         yield
