@@ -30,6 +30,7 @@ __all__ = [
     "head_strides",
     "hide",
     "key_plan",
+    "whole_tiles",
     "key_tile",
     "load_rows",
     "needs_reference",
@@ -72,7 +73,7 @@ def key_plan(segment, begin, start, end, p_cu_seqlens, p_parent, window, BLOCK_N
 
     (tiles, (first key and end of the parent's, their tiles, the rows between parent and segment, first own key)).
     """
-    own_low = tl.maximum(begin, start - window + 1)
+    own_low = begin if window is None else tl.maximum(begin, start - window + 1)
     tiles = tl.cdiv(end - own_low, BLOCK_N)
     if p_parent is None:
         return tiles, (0, 0, 0, 0, own_low)
@@ -81,7 +82,7 @@ def key_plan(segment, begin, start, end, p_cu_seqlens, p_parent, window, BLOCK_N
         parent_begin = tl.load(p_cu_seqlens + parent, mask=parent >= 0, other=0)
         parent_end = tl.load(p_cu_seqlens + parent + 1, mask=parent >= 0, other=0)
         gap = begin - parent_end
-        parent_low = tl.maximum(parent_begin, start - gap - window + 1)
+        parent_low = parent_begin if window is None else tl.maximum(parent_begin, start - gap - window + 1)
         parent_tiles = tl.cdiv(tl.maximum(parent_end - parent_low, 0), BLOCK_N)
         return parent_tiles + tiles, (parent_low, parent_end, parent_tiles, gap, own_low)
 
@@ -99,15 +100,30 @@ def key_tile(i, plan, own_end, PARENT: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def whole_tiles(begin, start, p_parent, window, BLOCK_N: tl.constexpr):
+    """The key tiles, from the first, that every query of the block from ``start`` sees whole; 0 where a parent or a
+    window cuts more than the last ones."""
+    if p_parent is None and window is None:
+        return (start + 1 - begin) // BLOCK_N
+    else:
+        return 0
+
+
+@triton.jit
 def hide(
     b_x, fill: tl.constexpr, start_q, start_k, end_k, window, o_q, o_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """``fill`` where a query (first row ``start_q`` less the gap, offsets ``o_q``) does not see a key."""
-    last_q = start_q + BLOCK_M - 1
     # Most tiles are seen whole, and comparing every entry costs a tenth of a tile.
-    if (start_k + BLOCK_N > tl.minimum(end_k, start_q + 1)) | (start_k <= last_q - window):
+    cut = start_k + BLOCK_N > tl.minimum(end_k, start_q + 1)
+    if window is not None:
+        cut |= start_k <= start_q + BLOCK_M - 1 - window
+    if cut:
         distance = (start_q + o_q) - (start_k + o_k)
-        b_x = tl.where((distance >= 0) & (distance < window) & (start_k + o_k < end_k), b_x, fill)
+        seen = (distance >= 0) & (start_k + o_k < end_k)
+        if window is not None:
+            seen &= distance < window
+        b_x = tl.where(seen, b_x, fill)
     return b_x
 
 
@@ -224,7 +240,7 @@ def arguments_of_heads(
     return {
         "p_q": q, "p_k": k, "p_v": v, **head_strides(q=q, k=k, v=v),
         "p_cu_seqlens": cu_seqlens.contiguous(), "p_parent": None if parent is None else parent.contiguous(),
-        "scale": float(scale), "softcap": float(softcap), "window": min(window, n) if window else n,
+        "scale": float(scale), "softcap": float(softcap), "window": min(window, n) if 0 < window < n else None,
         "B": cu_seqlens.shape[0] - 1, "H": heads, "PER_GROUP": heads // k.shape[1], "E": e, "F": f,
         "PAD_E": _padded(e), "PAD_F": _padded(f), "CAPPED": softcap != 0.0, "WIDE": q.dtype == torch.float16,
     }  # fmt: skip

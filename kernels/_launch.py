@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 __all__ = [
     "ALIGNMENT",
@@ -19,6 +20,8 @@ __all__ = [
     "inner_contiguous",
     "launch",
     "needs_reference",
+    "operand",
+    "programs",
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,11 +37,17 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class Config:
-    """Block sizes (compile-time constants of a kernel, by name) and the two options that Triton takes beside them."""
+    """Block sizes (compile-time constants of a kernel, by name) and the two options that Triton takes beside them.
+
+    ``tma``: the copy engine of Hopper and later brings the operands' tiles (see ``operand``). ``persistent``: a program
+    for every multiprocessor, which takes tile after tile, so that the next one's loads begin under a tile's epilogue.
+    """
 
     blocks: Mapping[str, int] = field(hash=False)
     num_warps: int
     num_stages: int
+    tma: bool = False
+    persistent: bool = False
 
 
 # Keyed by device family and bytes an element. A configuration depends on neither N nor B, so that an example's result
@@ -78,6 +87,25 @@ def aligned(x: Tensor) -> Tensor:
 def inner_contiguous(x: Tensor) -> Tensor:
     """``x`` with a contiguous last dimension: itself where possible, and whatever its other strides are."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def operand(x: Tensor, config: Config, rows: str, columns: str) -> Tensor | TensorDescriptor:
+    """An ``aligned`` matrix as kernels take it: itself or, where the configuration says so, a descriptor of its tiles.
+
+    ``rows``, ``columns``: the names of the tile's sizes among the blocks. An empty matrix has no descriptor.
+    """
+    if not config.tma or x.numel() == 0:
+        return x
+    return TensorDescriptor.from_tensor(x, [config.blocks[rows], config.blocks[columns]])
+
+
+def programs(config: Config, device: torch.device, tiles: int) -> int:
+    """Programs that share ``tiles`` tiles."""
+    if not config.persistent:
+        return tiles
+    if device.type == "cpu":  # the interpreter, where two tiles a program show what many would
+        return -(-tiles // 2)
+    return min(tiles, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _on_device_of(x: Tensor) -> AbstractContextManager[object]:

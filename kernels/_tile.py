@@ -19,6 +19,8 @@ __all__ = [
     "load_tile",
     "matmul_columns",
     "matmul_rows",
+    "matmul_rows_with_tangent",
+    "operand_tile",
     "segment_sum",
     "segment_sum_kernel",
     "softcapped",
@@ -40,24 +42,65 @@ def load_tile(pointers, mask):
 
 
 @triton.jit
+def _described_tile(x, row, column):
+    """The tile of a descriptor from (row, column) on, zero outside the matrix."""
+    b_x = x.load([row, column])
+    if INTERPRET:
+        b_x = b_x.to(tl.float32)
+    return b_x
+
+
+@triton.jit
+def operand_tile(
+    x, row, column, s_x, X, Y, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr
+):  # fmt: skip
+    """The tile of an ``operand`` (X, Y) from (row, column) on, zero outside the matrix."""
+    if isinstance(x, tl.tensor_descriptor):
+        return _described_tile(x, row, column)
+    else:
+        o_x = tl.arange(0, BLOCK_X)
+        o_y = tl.arange(0, BLOCK_Y)
+        mask = (o_x < X - row)[:, None] & (o_y < Y - column)[None, :]
+        return load_tile(x + tl.cast(row, tl.int64) * s_x + column + (o_x[:, None] * s_x + o_y[None, :]), mask)
+
+
+@triton.jit
+def matmul_rows_with_tangent(acc, dacc, x, dx, y, dy, start_x, start_y, DEPTH, BLOCK_DEPTH: tl.constexpr):
+    """(acc + x y^T, dacc + dx y^T + x dy^T) of descriptors, dx or dy None for zero: every tile is brought once."""
+    for start in range(0, DEPTH, BLOCK_DEPTH):
+        b_x = _described_tile(x, start_x, start)
+        b_y = _described_tile(y, start_y, start)
+        acc = tl.dot(b_x, b_y.T, acc)
+        if dx is not None:
+            dacc = tl.dot(_described_tile(dx, start_x, start), b_y.T, dacc)
+        if dy is not None:
+            dacc = tl.dot(b_x, _described_tile(dy, start_y, start).T, dacc)
+    return acc, dacc
+
+
+@triton.jit
 def matmul_rows(
-    acc, p_x, p_y, start_x, start_y, s_x, s_y, X, Y, DEPTH,
+    acc, x, y, start_x, start_y, s_x, s_y, X, Y, DEPTH,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """acc + (rows of x from start_x) (rows of y from start_y)^T; outside X, Y and DEPTH all is 0."""
-    # A 64-bit scalar for the tile's place and 32-bit offsets inside it: tiles of 64-bit pointers would spill.
-    p_x += tl.cast(start_x, tl.int64) * s_x
-    p_y += tl.cast(start_y, tl.int64) * s_y
-    o_x = tl.arange(0, BLOCK_X)
-    o_y = tl.arange(0, BLOCK_Y)
-    o_d = tl.arange(0, BLOCK_DEPTH)
-    m_x = o_x < X - start_x
-    m_y = o_y < Y - start_y
-    for start in range(0, DEPTH, BLOCK_DEPTH):
-        m_d = o_d < DEPTH - start
-        b_x = load_tile(p_x + start + (o_x[:, None] * s_x + o_d[None, :]), m_x[:, None] & m_d[None, :])
-        b_y = load_tile(p_y + start + (o_y[None, :] * s_y + o_d[:, None]), m_d[:, None] & m_y[None, :])
-        acc = tl.dot(b_x, b_y, acc, input_precision="ieee")
+    """acc + (rows of x from start_x) (rows of y from start_y)^T of ``operand``s; outside X, Y and DEPTH all is 0."""
+    if isinstance(x, tl.tensor_descriptor):
+        for start in range(0, DEPTH, BLOCK_DEPTH):
+            acc = tl.dot(_described_tile(x, start_x, start), _described_tile(y, start_y, start).T, acc)
+    else:
+        # A 64-bit scalar for the tile's place and 32-bit offsets inside it: tiles of 64-bit pointers would spill.
+        p_x = x + tl.cast(start_x, tl.int64) * s_x
+        p_y = y + tl.cast(start_y, tl.int64) * s_y
+        o_x = tl.arange(0, BLOCK_X)
+        o_y = tl.arange(0, BLOCK_Y)
+        o_d = tl.arange(0, BLOCK_DEPTH)
+        m_x = o_x < X - start_x
+        m_y = o_y < Y - start_y
+        for start in range(0, DEPTH, BLOCK_DEPTH):
+            m_d = o_d < DEPTH - start
+            b_x = load_tile(p_x + start + (o_x[:, None] * s_x + o_d[None, :]), m_x[:, None] & m_d[None, :])
+            b_y = load_tile(p_y + start + (o_y[None, :] * s_y + o_d[:, None]), m_d[:, None] & m_y[None, :])
+            acc = tl.dot(b_x, b_y, acc, input_precision="ieee")
     return acc
 
 

@@ -171,7 +171,9 @@ def keys_kernel(
         # Rows between a segment and the one that continues it count for nothing.
         shift = tl.where(heir == segment, 0, begin_q - end)
         low = tl.maximum(begin_q, start_k + shift)
-        high = tl.minimum(tl.load(p_cu_seqlens + heir + 1), end_k - 1 + shift + window)
+        high = tl.load(p_cu_seqlens + heir + 1)
+        if window is not None:
+            high = tl.minimum(high, end_k - 1 + shift + window)
         for i_h in range(i_g * PER_GROUP, (i_g + 1) * PER_GROUP):
             head = tl.cast(i_h, tl.int64)
             p_q_h = p_q + head * s_qh

@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ._launch import INTERPRETER, Config, Configs, aligned, device_family, launch, needs_reference
-from ._tile import grouped_tile, load_tile, matmul_rows, segment_sum
+from ._launch import INTERPRETER, Config, Configs, aligned, device_family, launch, needs_reference, operand, programs
+from ._tile import grouped_tile, load_tile, matmul_rows, operand_tile, segment_sum
 
 __all__ = ["CONFIGS", "TILE_CONFIGS", "ghost_dot", "ghost_dot_kernel", "ghost_dot_tile_kernel"]
 
@@ -28,20 +28,20 @@ __all__ = ["CONFIGS", "TILE_CONFIGS", "ghost_dot", "ghost_dot_kernel", "ghost_do
 DIRECTION_TOKENS = 160
 
 
-def _config(n: int, o: int, i: int, warps: int, stages: int) -> Config:
-    return Config({"BLOCK_N": n, "BLOCK_O": o, "BLOCK_I": i, "GROUP": 8}, warps, stages)
+def _config(n: int, o: int, i: int, warps: int, stages: int, hopper: bool = False) -> Config:
+    return Config({"BLOCK_N": n, "BLOCK_O": o, "BLOCK_I": i, "GROUP": 8}, warps, stages, hopper, hopper)
 
 
 CONFIGS: Configs = {
     ("sm_80", 2): _config(128, 128, 32, 8, 4),
     ("sm_80", 4): _config(64, 64, 16, 4, 3),
-    ("sm_90", 2): _config(128, 128, 64, 8, 4),
+    ("sm_90", 2): _config(128, 256, 64, 8, 4, hopper=True),
     ("sm_90", 4): _config(64, 64, 16, 4, 3),
     ("sm_100", 2): _config(128, 128, 64, 8, 4),
     ("sm_100", 4): _config(64, 64, 16, 4, 3),
     ("gfx942", 2): _config(128, 128, 64, 8, 2),
     ("gfx942", 4): _config(64, 64, 32, 4, 2),
-    (INTERPRETER, 2): _config(32, 32, 32, 4, 1),
+    (INTERPRETER, 2): _config(32, 32, 32, 4, 1, hopper=True),
     (INTERPRETER, 4): _config(32, 32, 32, 4, 1),
 }
 
@@ -66,25 +66,21 @@ TILE_CONFIGS: Configs = {
 
 @triton.jit
 def ghost_dot_kernel(
-    p_a, p_g, p_v, p_rows, s_a, s_g, s_vk, s_vo, N, OUT, IN,
+    p_a, p_g, p_v, p_rows, s_a, s_g, s_v, N, OUT, IN,
     BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """rows[k, o tile, n] = sum over the tile's o of g[n, o] (a V_k^T)[n, o]; a program per (n tile, o tile) and k."""
+    """rows[o tile, n] = sum over the tile's o of g[n, o] (a V^T)[n, o]; programs take the tiles in turn."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_o = tl.cdiv(OUT, BLOCK_O)
-    i_n, i_o = grouped_tile(tl.program_id(0), tl.cdiv(N, BLOCK_N), tiles_o, GROUP)
-    i_k = tl.program_id(1).to(tl.int64)
-    start_n = i_n * BLOCK_N
-    start_o = i_o * BLOCK_O
-    p_v += i_k * s_vk
-    b_u = tl.zeros([BLOCK_N, BLOCK_O], dtype=tl.float32)
-    b_u = matmul_rows(b_u, p_a, p_v, start_n, start_o, s_a, s_vo, N, OUT, IN, BLOCK_N, BLOCK_O, BLOCK_I)
-    o_n = tl.arange(0, BLOCK_N)
-    o_o = tl.arange(0, BLOCK_O)
-    m_n = o_n < N - start_n
-    m_tile = m_n[:, None] & (o_o < OUT - start_o)[None, :]
-    p_g += start_n.to(tl.int64) * s_g + start_o
-    b_g = tl.load(p_g + (o_n[:, None] * s_g + o_o[None, :]), mask=m_tile, other=0.0).to(tl.float32)
-    tl.store(p_rows + (i_k * tiles_o + i_o) * N + start_n + o_n, tl.sum(b_u * b_g, 1), mask=m_n)
+    for i_tile in range(tl.program_id(0), tiles_n * tiles_o, tl.num_programs(0)):
+        i_n, i_o = grouped_tile(i_tile, tiles_n, tiles_o, GROUP)
+        start_n = i_n * BLOCK_N
+        start_o = i_o * BLOCK_O
+        b_u = tl.zeros([BLOCK_N, BLOCK_O], dtype=tl.float32)
+        b_u = matmul_rows(b_u, p_a, p_v, start_n, start_o, s_a, s_v, N, OUT, IN, BLOCK_N, BLOCK_O, BLOCK_I)
+        b_g = operand_tile(p_g, start_n, start_o, s_g, N, OUT, BLOCK_N, BLOCK_O).to(tl.float32)
+        o_n = start_n + tl.arange(0, BLOCK_N)
+        tl.store(p_rows + i_o.to(tl.int64) * N + o_n, tl.sum(b_u * b_g, 1), mask=o_n < N)
 
 
 @triton.jit
@@ -132,11 +128,14 @@ def _by_rows(a: Tensor, g: Tensor, cu_seqlens: Tensor, v: Tensor) -> Tensor:
     config = CONFIGS[device_family(a.device), a.element_size()]
     tiles_o = triton.cdiv(o, config.blocks["BLOCK_O"])
     rows = torch.empty(k, tiles_o, n, dtype=torch.float32, device=a.device)
-    launch(
-        ghost_dot_kernel, (triton.cdiv(n, config.blocks["BLOCK_N"]) * tiles_o, k), config,
-        p_a=a, p_g=g, p_v=v, p_rows=rows, s_a=a.stride(0), s_g=g.stride(0), s_vk=v.stride(0), s_vo=v.stride(1),
-        N=n, OUT=o, IN=i,
-    )  # fmt: skip
+    tiles = programs(config, a.device, triton.cdiv(n, config.blocks["BLOCK_N"]) * tiles_o)
+    p_a, p_g = operand(a, config, "BLOCK_N", "BLOCK_I"), operand(g, config, "BLOCK_N", "BLOCK_O")
+    for v_k, rows_k in zip(v, rows, strict=True):
+        launch(
+            ghost_dot_kernel, (tiles,), config,
+            p_a=p_a, p_g=p_g, p_v=operand(v_k, config, "BLOCK_O", "BLOCK_I"), p_rows=rows_k,
+            s_a=a.stride(0), s_g=g.stride(0), s_v=v_k.stride(0), N=n, OUT=o, IN=i,
+        )  # fmt: skip
     return segment_sum(rows, cu_seqlens)
 
 

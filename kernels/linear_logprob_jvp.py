@@ -11,15 +11,18 @@ Numerics: fp32 logits, tangents and exponentials; fixed cuts of V joined in fixe
 # mypy: disallow-untyped-defs=False
 # (Triton gives the annotations of a kernel's parameters a meaning of its own.)
 
+from collections.abc import Mapping
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ._launch import INTERPRETER, Config, Configs, aligned, device_family, launch, needs_reference
-from ._tile import grouped_tile, matmul_rows
-from .linear_logprob import COMBINE_CONFIG, combine, logits_tile, online_softmax
+from ._launch import INTERPRETER, Config, Configs, aligned, device_family, launch, needs_reference, operand
+from ._tile import grouped_tile, matmul_rows, matmul_rows_with_tangent
+from .linear_logprob import COMBINE_CONFIG, capped_logits, combine, logits_tile, online_softmax
 
 __all__ = ["CONFIGS", "combine_tangents_kernel", "linear_logprob_jvp", "linear_logprob_jvp_kernel"]
 
@@ -27,8 +30,8 @@ __all__ = ["CONFIGS", "combine_tangents_kernel", "linear_logprob_jvp", "linear_l
 GROUP_OF_DIRECTIONS = 8
 
 
-def _config(n: int, v: int, d: int, warps: int, stages: int) -> Config:
-    return Config({"BLOCK_N": n, "BLOCK_V": v, "BLOCK_D": d, "SPLIT_V": 1024, "GROUP": 8}, warps, stages)
+def _config(n: int, v: int, d: int, warps: int, stages: int, tma: bool = False) -> Config:
+    return Config({"BLOCK_N": n, "BLOCK_V": v, "BLOCK_D": d, "SPLIT_V": 1024, "GROUP": 8}, warps, stages, tma)
 
 
 CONFIGS: Configs = {
@@ -44,15 +47,27 @@ CONFIGS: Configs = {
     (INTERPRETER, 4): Config({"BLOCK_N": 32, "BLOCK_V": 32, "BLOCK_D": 32, "SPLIT_V": 64, "GROUP": 2}, 4, 1),
 }
 
+# For one direction: the tiles of all its products come once, for two sums in registers. Keyed as CONFIGS and by whether
+# the head has a bias or a softcap, which need registers too.
+_INTERPRETED = Config({"BLOCK_N": 32, "BLOCK_V": 32, "BLOCK_D": 32, "SPLIT_V": 64, "GROUP": 2}, 4, 1, tma=True)
+ONE_DIRECTION_CONFIGS: Mapping[tuple[str, int, bool], Config] = {
+    ("sm_90", 2, False): _config(128, 128, 64, 8, 3, tma=True),
+    ("sm_90", 2, True): _config(128, 64, 64, 8, 4, tma=True),
+    (INTERPRETER, 2, False): _INTERPRETED,
+    (INTERPRETER, 2, True): _INTERPRETED,
+}
+
 
 @triton.jit
 def linear_logprob_jvp_kernel(
     p_h, p_weight, p_bias, p_target, p_dh, p_dweight, p_dbias, p_parts, p_tangents,
     s_h, s_weight, s_dhk, s_dh, s_dweightk, s_dweight, s_dbiask, softcap, N, V, D, K,
-    CAPPED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    SPLIT_V: tl.constexpr, GROUP: tl.constexpr,
+    CAPPED: tl.constexpr, ONE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr, SPLIT_V: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """parts as ``linear_logprob_kernel``; tangents[:, k, split, n] = (sum of exp(c - max) dc_k, the target's or 0)."""
+    """ONE: the operands are descriptors, with at most one direction.
+
+    parts as ``linear_logprob_kernel``; tangents[:, k, split, n] = (sum of exp(c - max) dc_k, the target's or 0)."""
     splits = tl.cdiv(V, SPLIT_V)
     i_n, i_s = grouped_tile(tl.program_id(0), tl.cdiv(N, BLOCK_N), splits, GROUP)
     start_n = i_n * BLOCK_N
@@ -68,25 +83,32 @@ def linear_logprob_jvp_kernel(
     for start in range(i_s * SPLIT_V, tl.minimum((i_s + 1) * SPLIT_V, V), BLOCK_V):
         o_v = start + tl.arange(0, BLOCK_V)
         m_v = o_v < V
-        b_c, b_slope = logits_tile(
-            p_h, p_weight, p_bias, s_h, s_weight, softcap, start_n, start, N, V, D, BLOCK_N, BLOCK_V, BLOCK_D, CAPPED
-        )
+        b_dc = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
+        if ONE:
+            b_z, b_dc = matmul_rows_with_tangent(b_dc, b_dc, p_h, p_dh, p_weight, p_dweight, start_n, start, D, BLOCK_D)
+            b_c, b_slope = capped_logits(b_z, p_bias, softcap, start, V, CAPPED)
+        else:
+            b_c, b_slope = logits_tile(
+                p_h, p_weight, p_bias, s_h, s_weight, softcap, start_n, start, N, V, D, BLOCK_N, BLOCK_V, BLOCK_D,
+                CAPPED,
+            )  # fmt: skip
         b_hit += tl.sum(tl.where(o_v[None, :] == b_target[:, None], b_c, 0.0), 1)
-        b_exp, b_factor, b_max, b_sum = online_softmax(b_c, b_max, b_sum, m_v)
+        b_exp, b_factor, b_max, b_sum = online_softmax(b_c, b_max, b_sum, start, V, ONE)
         b_mean *= b_factor[:, None]
         for i_k in range(0, K):
             k = tl.cast(i_k, tl.int64)
-            b_dc = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
-            if p_dh is not None:
-                p_dh_k = p_dh + k * s_dhk
-                b_dc = matmul_rows(
-                    b_dc, p_dh_k, p_weight, start_n, start, s_dh, s_weight, N, V, D, BLOCK_N, BLOCK_V, BLOCK_D
-                )
-            if p_dweight is not None:
-                p_dweight_k = p_dweight + k * s_dweightk
-                b_dc = matmul_rows(
-                    b_dc, p_h, p_dweight_k, start_n, start, s_h, s_dweight, N, V, D, BLOCK_N, BLOCK_V, BLOCK_D
-                )
+            if not ONE:
+                b_dc = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
+                if p_dh is not None:
+                    p_dh_k = p_dh + k * s_dhk
+                    b_dc = matmul_rows(
+                        b_dc, p_dh_k, p_weight, start_n, start, s_dh, s_weight, N, V, D, BLOCK_N, BLOCK_V, BLOCK_D
+                    )
+                if p_dweight is not None:
+                    p_dweight_k = p_dweight + k * s_dweightk
+                    b_dc = matmul_rows(
+                        b_dc, p_h, p_dweight_k, start_n, start, s_h, s_dweight, N, V, D, BLOCK_N, BLOCK_V, BLOCK_D
+                    )
             if p_dbias is not None:
                 b_dc += tl.load(p_dbias + k * s_dbiask + o_v, mask=m_v, other=0.0).to(tl.float32)[None, :]
             b_dc *= b_slope
@@ -129,18 +151,26 @@ def _one_group(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """At most GROUP_OF_DIRECTIONS directions: fills jvp (k, N), returns log p(target) and lse."""
     (n, d), v = h.shape, weight.shape[0]
-    config = CONFIGS[device_family(h.device), h.element_size()]
+    key = device_family(h.device), h.element_size()
+    one_key = *key, bias is not None or softcap != 0.0
+    described = k == 1 and one_key in ONE_DIRECTION_CONFIGS and h.numel() > 0 and weight.numel() > 0
+    config = ONE_DIRECTION_CONFIGS[one_key] if described else CONFIGS[key]
     splits = triton.cdiv(v, config.blocks["SPLIT_V"])
     parts = torch.empty(3, splits, n, dtype=torch.float32, device=h.device)
     tangents = torch.empty(2, k, splits, n, dtype=torch.float32, device=h.device)
+    rows = partial(operand, config=config, rows="BLOCK_N", columns="BLOCK_D")
+    columns = partial(operand, config=config, rows="BLOCK_V", columns="BLOCK_D")
+    p_dh, p_dweight = dh, dweight
+    if described:
+        p_dh, p_dweight = None if dh is None else rows(dh[0]), None if dweight is None else columns(dweight[0])
     launch(
         linear_logprob_jvp_kernel, (triton.cdiv(n, config.blocks["BLOCK_N"]) * splits,), config,
-        p_h=h, p_weight=weight, p_bias=bias, p_target=target, p_dh=dh, p_dweight=dweight, p_dbias=dbias,
-        p_parts=parts, p_tangents=tangents, s_h=h.stride(0), s_weight=weight.stride(0),
+        p_h=rows(h), p_weight=columns(weight), p_bias=bias, p_target=target, p_dh=p_dh, p_dweight=p_dweight,
+        p_dbias=dbias, p_parts=parts, p_tangents=tangents, s_h=h.stride(0), s_weight=weight.stride(0),
         s_dhk=0 if dh is None else dh.stride(0), s_dh=0 if dh is None else dh.stride(1),
         s_dweightk=0 if dweight is None else dweight.stride(0), s_dweight=0 if dweight is None else dweight.stride(1),
         s_dbiask=0 if dbias is None else dbias.stride(0), softcap=float(softcap), N=n, V=v, D=d, K=k,
-        CAPPED=softcap != 0.0, BLOCK_K=1 if k == 1 else GROUP_OF_DIRECTIONS,
+        CAPPED=softcap != 0.0, ONE=described, BLOCK_K=1 if k == 1 else GROUP_OF_DIRECTIONS,
     )  # fmt: skip
     logp, lse = combine(parts, target, v)
     launch(

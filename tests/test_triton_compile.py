@@ -24,6 +24,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 # Bytes a block may have; the sm_80 family also serves sm_86, sm_89 and sm_120, whose limit is the smaller one.
 SHARED_MEMORY = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 FAMILIES = tuple(SHARED_MEMORY)
@@ -55,7 +57,9 @@ class Recorder:
             signature[parameter.name] = "constexpr" if constant else _type(x)
             if constant:
                 constants[(i,)] = x
-            elif (x.data_ptr() if isinstance(x, Tensor) else x) % 16 == 0 and not isinstance(x, float):
+            elif isinstance(x, TensorDescriptor | float):
+                continue
+            elif (x.data_ptr() if isinstance(x, Tensor) else x) % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         name = f"{kernel.__name__} {signature} {constants} {attributes} {options}"
@@ -67,6 +71,8 @@ class Recorder:
 def _type(x: Any) -> str:
     if isinstance(x, Tensor):
         return "*" + TYPES[x.dtype]
+    if isinstance(x, TensorDescriptor):
+        return f"tensordesc<{TYPES[x.base.dtype]}{list(x.block_shape)}>".replace(" ", "")
     if isinstance(x, float):
         return "fp32"
     return "i32" if x < 2**31 else "i64"
@@ -103,15 +109,16 @@ def _call_head(modules: dict[str, Any], dtype: torch.dtype, n: int, v: int, k: i
     modules["linear_logprob_jvp"].linear_logprob_jvp(h, weight, target, zeros(k, n, d), dweight, bias, dbias, softcap)
 
 
-def _call_attention(modules: dict[str, Any], dtype: torch.dtype, width: int) -> None:
-    """With segments that continue others, a window and a softcap: what needs most registers."""
+def _call_attention(modules: dict[str, Any], dtype: torch.dtype, width: int, full: bool) -> None:
+    """``full``: with segments that continue others, a window and a softcap; else tangents alone, with none of them."""
     n, heads, groups = 1199, 8, 2
     zeros = partial(torch.zeros, dtype=dtype)
     q, k, v = zeros(n, heads, width), zeros(n, groups, width), zeros(n, groups, width)
     cu_seqlens, parent = torch.tensor([0, 500, n], dtype=torch.int32), torch.tensor([-1, 0], dtype=torch.int32)
-    options = (cu_seqlens, parent, 0.1, 300, 5.0)
-    modules["attention"].attention(q, k, v, *options)
-    modules["attention_backward"].attention_backward(q, q, k, v, q, torch.zeros(n, heads), *options)
+    options = (cu_seqlens, parent, 0.1, 300, 5.0) if full else (cu_seqlens,)
+    if full:
+        modules["attention"].attention(q, k, v, *options)
+        modules["attention_backward"].attention_backward(q, q, k, v, q, torch.zeros(n, heads), *options)
     modules["attention_jvp"].attention_jvp(q, k, v, *(torch.stack([x, x]) for x in (q, k, v)), *options)
 
 
@@ -137,12 +144,14 @@ def record(family: str) -> tuple[Recorder, list[str]]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         _call_ghost(modules, dtype, n=1199)
         _call_head(modules, dtype, n=1199, v=129, k=3, full=True)
+        _call_head(modules, dtype, n=1199, v=129, k=1, full=True)
     for dtype in (torch.float32, torch.bfloat16):
         _call_elementwise(modules, dtype, gelu=dtype == torch.bfloat16)
         _call_head(modules, dtype, n=1199, v=128, k=1, full=False)
     for dtype, widths in ((torch.float32, (64,)), (torch.bfloat16, (64, 128, 256)), (torch.float16, (64,))):
         for width in widths:
-            _call_attention(modules, dtype, width)
+            _call_attention(modules, dtype, width, full=True)
+    _call_attention(modules, torch.bfloat16, 128, full=False)
     unused = [
         f"{name}.{table}[{key}]"
         for name, module in modules.items()

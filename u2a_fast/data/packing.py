@@ -28,10 +28,15 @@ class Packed:
     target: Tensor  # (M) int64, the token each of them should predict
     cu_targets: Tensor  # (B + 1) int32, example i owns rows cu_targets[i] : cu_targets[i + 1]
     scored: tuple[int, ...]  # (B) scored tokens an example, on the host
+    longest: int  # one more than the largest position, on the host
     parent: Tensor | None = None  # where prompts are shared, (segments) int32 of ``ops.attention``: data.sharing
 
     def to(self, device: torch.device) -> "Packed":
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        def move(x: Tensor) -> Tensor:
+            # From pinned memory the copy waits for nothing, so that a GPU still works on the batch before.
+            return (x.pin_memory() if device.type == "cuda" and not x.is_cuda else x).to(device, non_blocking=True)
+
+        moved = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return Packed(**{**vars(self), **moved})
 
 
@@ -88,6 +93,7 @@ def pack(examples: Sequence[Example], device: torch.device | str = "cpu") -> Pac
         target=torch.cat(targets) if ids else empty,
         cu_targets=offsets(scored),
         scored=tuple(scored),
+        longest=max(lengths, default=0),
     )
     return packed.to(torch.device(device))
 

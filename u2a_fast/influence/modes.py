@@ -73,16 +73,19 @@ class Run:
         """Rows of the negatives at ``positions``, all by default, in that order."""
         positions = np.arange(len(self.items)) if positions is None else positions
         n = len(positions)
+        with passes.running():
+            batches = run_batches(passes, [self.items[int(i)] for i in positions], self.token_budget)
+            # Results stay where they are until all are there: waiting for each would leave a GPU idle in between.
+            found = [(at, out.derivatives[0], out.nll, out.tokens, out.bound) for at, out in batches]
         derivative, nll, bound = torch.empty(3, n, dtype=torch.float64)
         tokens = torch.empty(n, dtype=torch.int64)
         bounded = False
-        with passes.running():
-            for at, out in run_batches(passes, [self.items[int(i)] for i in positions], self.token_budget):
-                derivative[at], nll[at] = out.derivatives[0].double().cpu(), out.nll.double().cpu()
-                tokens[at] = out.tokens
-                if out.bound is not None:
-                    bounded = True
-                    bound[at] = out.bound[0].cpu()
+        for at, *columns, count, limit in found:
+            derivative[at], nll[at] = (column.double().cpu() for column in columns)
+            tokens[at] = count
+            if limit is not None:
+                bounded = True
+                bound[at] = limit[0].cpu()
         slope = self.slope(nll, positions)
         limits = (slope.abs() * bound).numpy() if bounded else None
         return Rows((slope * derivative).numpy(), nll.numpy(), tokens.numpy(), limits)

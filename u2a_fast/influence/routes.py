@@ -178,6 +178,7 @@ def directional_derivatives(
     out_dtype = torch.float64 if passes.double else torch.float32
     out = torch.empty(passes.count, len(examples), dtype=out_dtype, device=passes.decoder.device)
     with passes.running():
-        for positions, result in run_batches(passes, examples, budget):
-            out[:, positions] = result.derivatives
+        found = [(at, result.derivatives) for at, result in run_batches(passes, examples, budget)]
+    for positions, derivatives in found:  # after the last batch: on a GPU an index waits for all that runs
+        out[:, positions] = derivatives
     return out[0] if isinstance(direction, Mapping) else out

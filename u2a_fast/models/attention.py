@@ -147,8 +147,7 @@ def packed_attention(
     refuse_what_is_not_understood(module, options)
     packed = layout.packed
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    longest = int(packed.position_ids.max()) + 1 if len(packed.position_ids) else 0
-    window = _check_window(module, options, longest)
+    window = _check_window(module, options, packed.longest)
     softcap = options.get("softcap")
     carried = packed.parent is not None or any(has_tangent(x) for x in (query, key, value))
     if carried or (not dropout and query.device.type in implementations("attention")):
@@ -156,16 +155,16 @@ def packed_attention(
         return attend(q, k, v, packed.cu_seqlens, packed.parent, scale, window or 0, softcap or 0.0)[None], None
     grid = layout.grid
     q, k, v = (_to_grid(x, grid) for x in (query, key, value))
-    banded = window is not None and window < longest
+    banded = window is not None and window < grid.longest
     if softcap is not None:
-        mask = _band(longest, window or longest, q.device)
+        mask = _band(grid.longest, window or grid.longest, q.device)
         out = _softcapped(q, k, v, scale, softcap, mask, dropout)
     else:
         out = nn.functional.scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=_band(longest, window or 0, q.device) if banded else None,
+            attn_mask=_band(grid.longest, window or 0, q.device) if banded else None,
             dropout_p=dropout,
             is_causal=not banded,
             scale=scale,

@@ -114,10 +114,9 @@ class Decoder:
                 "the forward pass without the packed layout"
             )
         limit = _length_dependent_rope(self.config)
-        longest = int(packed.position_ids.max()) + 1 if limit is not None and len(packed.position_ids) else 0
-        if limit is not None and longest >= limit:
+        if limit is not None and packed.longest >= limit:
             raise NotImplementedError(
-                f"[model] expected examples of at most {limit} tokens, got {longest + 1}: beyond them the "
+                f"[model] expected examples of at most {limit} tokens, got {packed.longest + 1}: beyond them the "
                 f"rotary embedding of {type(self.lm).__name__} depends on the longest example in sight"
             )
 
@@ -167,7 +166,7 @@ def reduce_tokens(values: Tensor, packed: Packed, reduction: str) -> Tensor:
     total = segment_sum(values, packed.cu_targets)
     if reduction == "sum":
         return total
-    return total / torch.tensor(packed.scored, dtype=total.dtype, device=total.device)
+    return total / packed.cu_targets.diff()
 
 
 def check_reduction(reduction: str) -> None:
