@@ -50,7 +50,8 @@ def _gradients(task: Task, dimension: int) -> Scorer:
     # end
 
     # user code: unprojected projected
-    settings = IndexConfig(str(Path(folder.name) / "run"), projection_dim=dimension, loss_reduction="mean")
+    path = str(Path(folder.name) / "run")
+    settings = IndexConfig(path, projection_dim=dimension, loss_reduction="mean", token_batch_size=TOKENS)
     settings.partial_run_path.mkdir(parents=True, exist_ok=True)
     flat = {name: v.flatten()[None] for name, v in query.items()}
 

@@ -20,6 +20,9 @@ def identity(task: Task) -> Scorer:
     folder = tempfile.TemporaryDirectory()
     names, dtype = list(linears(task.model)), task.model.dtype
 
+    # its own choice for half precision, less the autocast that a model in half precision does not need
+    half = {} if dtype == torch.float32 else {f"{what}_dtype": dtype for what in HALVED}
+
     # user code: identity
     class LanguageModeling(KronfluenceTask):
         def compute_train_loss(self, batch: tuple, model: nn.Module, sample: bool = False) -> Tensor:
@@ -37,10 +40,6 @@ def identity(task: Task) -> Scorer:
     analyzer.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=_padded))
     analyzer.fit_all_factors("identity", [], factor_args=FactorArguments(strategy="identity"))
 
-    # its own choice for half precision, less the autocast that a model in half precision does not need
-    half = {} if dtype == torch.float32 else {f"{what}_dtype": dtype for what in HALVED}
-    scoring = ScoreArguments(aggregate_query_gradients=True, **half)
-
     def pairwise(examples: Sequence[Example]) -> Tensor:
         analyzer.compute_pairwise_scores(
             "scores",
@@ -49,7 +48,7 @@ def identity(task: Task) -> Scorer:
             train_dataset=examples,
             per_device_query_batch_size=len(task.others),
             per_device_train_batch_size=task.batch,
-            score_args=scoring,
+            score_args=ScoreArguments(aggregate_query_gradients=True, **half),
             overwrite_output_dir=True,
         )
         return analyzer.load_pairwise_scores("scores")["all_modules"][0]
