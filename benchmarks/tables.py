@@ -296,7 +296,7 @@ def _peers_device(rows: list[Row]) -> str:
 def _peer_device(row: Row) -> tuple[str, ...]:
     name, units, _, rate, _, _, *agreement, _ = _peer(row)
     batch = "its own" if row["batch"] is None else str(row["batch"])
-    error = f"{row['norm_error']:.0e} ({row['truth']})" if "norm_error" in row else ""
+    error = f"{row['norm_error']:.0e} ({row['truth']})" if "truth" in row else ""
     return name, units, rate, batch, f"{row['device_mib'] or 0:,.0f}", error, *agreement
 
 
