@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # The whole GPU round on a bare machine that has torch and Triton, in at most 10 minutes and without a network:
-#   [OUT=folder] [BENCH_COMMIT=hash] [PYTHON=python3] bash benchmarks/gpu.sh
+#   [OUT=folder] [BENCH_COMMIT=hash] [PYTHON=python3] [PEERS=1 WHEELS=folder] bash benchmarks/gpu.sh
 # Every phase has its own time limit, so that one that hangs leaves the later ones their time. The exit status is 0 where
 # every phase passed. Logs, rows (gpu.jsonl) and the profile go to OUT (default benchmarks/results, where only the rows
-# belong in a commit).
+# belong in a commit). PEERS=1 adds a phase of 4 minutes that measures other libraries, installed from the wheels in
+# WHEELS (what benchmarks/peers/environments.py names for bergson and kronfluence); PEERS=only builds and does nothing else.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=${OUT:-benchmarks/results}
@@ -29,7 +30,21 @@ phase() { # name, seconds, command...: run it, keep its log, note how it ended
 
 skip() { SUMMARY+=("$(printf '%-12s    - s  skipped: %s' "$1" "$2")"); }
 
+peers() { # other libraries beside u2a_fast; the limit is for what --seconds does not end
+  phase peers 270 "$PYTHON" -m benchmarks.peers --device cuda --seconds 240 ${WHEELS:+--wheels "$WHEELS"} --out "$ROWS"
+  cat "$OUT/peers.log"
+}
+
+finish() {
+  printf '%s\n' "=== summary" "${SUMMARY[@]}"
+  exit "$FAILED"
+}
+
 phase build 60 "$PYTHON" setup.py -q build_ext --inplace
+if [ "${PEERS:-}" = only ]; then
+  peers
+  finish
+fi
 phase pytest 130 "$PYTHON" -m pytest -q --maxfail 10 -p no:cacheprovider tests/test_triton.py tests/test_ops.py \
   tests/test_derivatives.py tests/test_influence.py
 if command -v compute-sanitizer >/dev/null; then
@@ -55,5 +70,5 @@ else
 fi
 
 [ ! -s "$OUT/benchmarks.log" ] || cat "$OUT/benchmarks.log"
-printf '%s\n' "=== summary" "${SUMMARY[@]}"
-exit "$FAILED"
+[ "${PEERS:-}" != 1 ] || peers
+finish

@@ -279,6 +279,27 @@ def _peers(rows: list[Row]) -> str:
     return "\n".join(parts)
 
 
+def _peers_device(rows: list[Row]) -> str:
+    header = ("what runs", "units", "examples/s", "batch", "device MiB", "error", "Spearman", "of linears", "Pearson")
+    parts = []
+    for workload, group in groupby(sorted(rows, key=lambda row: row["workload"]), key=lambda row: row["workload"]):
+        mine = list(group)
+        ran = sorted((row for row in mine if not row["error"]), key=_norms_last)
+        failed = "".join(f"* {row['label']}{_package(row)}: {row['error']}\n" for row in mine if row["error"])
+        size = max(row["judged_examples"] for row in ran)
+        title = f"`{workload}`: {ran[0]['parameters'] / 1e6:,.1f} M parameters, {size} negatives; {ran[0]['gate']}."
+        table = _grid(header, [_peer_device(row) for row in ran])
+        parts.append(f"{title}\n\n{table}" + (f"\nNo result:\n\n{failed}" if failed else ""))
+    return "\n".join(parts)
+
+
+def _peer_device(row: Row) -> tuple[str, ...]:
+    name, units, _, rate, _, _, *agreement, _ = _peer(row)
+    batch = "its own" if row["batch"] is None else str(row["batch"])
+    error = f"{row['norm_error']:.0e} ({row['truth']})" if "truth" in row else ""
+    return name, units, rate, batch, f"{row['device_mib'] or 0:,.0f}", error, *agreement
+
+
 def _norms_last(row: Row) -> tuple[bool, float]:
     return row.get("truth") == "norms", row["units"][1]
 
@@ -320,6 +341,7 @@ TABLES: dict[str, tuple[Callable[[list[Row]], list[Row]], Callable[[list[Row]], 
     "score": (_select("score"), _scoring),
     "memory": (_select("memory"), _memory),
     "peers": (_select("peers"), _peers),
+    "peers-cuda": (_select("peers", "cuda"), _peers_device),
     "throughput": (_select("throughput", "cuda"), _throughput),
     "ops-cpu": (_select("ops"), _ops),
     "ops-cuda": (_select("ops", "cuda"), _ops),

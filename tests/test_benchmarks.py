@@ -255,9 +255,19 @@ def test_tables_from_rows(
     assert "public U2A procedure, padded" in text and "| 9 | 3 | 4 |" in text and "at most 3.1" in text
     assert "| one direction, 20 M Llama: forward fp32 |" in text
     assert "| **u2a_fast, reverse** | 3.00 (2.90 to 3.20) | 2.50 |" in text and "* other (thing 1.0): it broke" in text
-    assert text.count(tables.EMPTY) == 2, "only the GPU has no rows"
+    assert text.count(tables.EMPTY) == 3, "only the GPU has no rows"
     with pytest.raises(ValueError, match="expected a table out of"):
         tables.render("<!-- table: other -->\n<!-- /table -->", [])
+
+
+def test_peers_on_a_device_have_a_table_of_their_own() -> None:
+    more = {"device": "cuda", "device_mib": 1234.0, "batch": None, "norm_error": 2e-3}
+    rows = [{"benchmark": "peers", "gate": "yes", **row, **more} for row in _peer_rows()]
+    select, table = tables.TABLES["peers-cuda"]
+    assert select(rows) == rows and not tables.TABLES["peers"][0](rows)
+    text = table(rows)
+    assert "| **u2a_fast, reverse** | 3.00 (2.90 to 3.20) | 2.00 | its own | 1,234 | 2e-03 (all) | 1.0000 |" in text
+    assert "* other (thing 1.0): it broke" in text
 
 
 @pytest.fixture

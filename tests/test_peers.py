@@ -4,6 +4,7 @@ import ast
 import copy
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,11 +17,12 @@ from torch import Tensor
 # benchmarks are no part of the installed package
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.peers import environments, measure
+from benchmarks.peers import __main__ as command
+from benchmarks.peers import environments, measure, on_device, worker
 from benchmarks.peers.adapters import plain, projected, u2a_fast
 from benchmarks.peers.contestants import ADAPTERS, CONTESTANTS, Contestant, user_code_lines
-from benchmarks.peers.task import Task, batches, ordered
-from benchmarks.peers.truth import AGREEMENT, judge, truths
+from benchmarks.peers.task import Recipe, Task, batches, ordered
+from benchmarks.peers.truth import AGREEMENT, HALF_AGREEMENT, judge, truths
 from benchmarks.workloads import Workload, random_examples, random_llama
 
 BY_NAME = {contestant.name: contestant for contestant in CONTESTANTS}
@@ -101,7 +103,7 @@ def test_a_task_survives_its_folder(original: Task, tmp_path: Path) -> None:
 def test_batches_are_sorted_and_scores_are_not(original: Task) -> None:
     shapes = [batch.input_ids.shape for batch in batches(original.examples, 4)]
     assert shapes == [(4, 17), (4, 12), (2, 7)]
-    found = ordered(original.examples, lambda ids, labels: (labels != -100).sum(1), size=4)
+    found = ordered(original, original.examples, lambda ids, labels: (labels != -100).sum(1), size=4)
     assert found.tolist() == [sum(label != -100 for label in example["labels"]) for example in original.examples]
 
 
@@ -123,12 +125,12 @@ def test_rounds_give_rows(original: Task, tmp_path: Path) -> None:
 def test_wrong_scores_are_no_result(truth: dict[str, Tensor]) -> None:
     wrong = {name: (values * 1.001).tolist() for name, values in truth.items()}
     entry = measure.Entry(BY_NAME["torch-jvp"], 10, 10)
-    measure._judge(entry, wrong["all"], truth)
+    measure.judge_entry(entry, wrong["all"], truth)
     assert entry.error is not None and "differ from float64 autograd (all)" in entry.error
     with pytest.raises(measure.GateError, match="u2a_fast-reverse"):
-        measure._judge(measure.Entry(BY_NAME["u2a_fast-reverse"], 10, 10), wrong["all"], truth)
+        measure.judge_entry(measure.Entry(BY_NAME["u2a_fast-reverse"], 10, 10), wrong["all"], truth)
     entry = measure.Entry(BY_NAME["u2a_fast-reverse_bf16"], 10, 10)
-    measure._judge(entry, truth["all"].flip(0).tolist(), truth)
+    measure.judge_entry(entry, truth["all"].flip(0).tolist(), truth)
     assert entry.error is not None and "below 0.995" in entry.error
 
 
@@ -158,8 +160,8 @@ def test_marks_in_adapters_are_paired() -> None:
 def test_environments_keep_what_went_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Path] = []
 
-    def make(home: Path, packages: tuple[str, ...]) -> environments.Environment:
-        home.mkdir(parents=True)
+    def make(home: Path, packages: tuple[str, ...], wheels: Path | None) -> environments.Environment:
+        home.mkdir(parents=True, exist_ok=True)
         made.append(home)
         return environments.Environment("python", "it broke")
 
@@ -167,6 +169,116 @@ def test_environments_keep_what_went_wrong(tmp_path: Path, monkeypatch: pytest.M
     first, second = (environments.prepare("sjlt", tmp_path) for _ in range(2))
     assert first == second and first.error == "it broke" and len(made) == 1
     assert environments.prepare("", tmp_path).python == sys.executable
+    environments.prepare("sjlt", tmp_path, wheels=tmp_path)
+    assert len(made) == 2, "what the network did not have, a folder of wheels may"
+
+
+def test_wheels_need_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        if "venv" in command:
+            version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+            (tmp_path / "sjlt" / "lib" / version / "site-packages").mkdir(parents=True)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(environments.subprocess, "run", run)
+    assert environments._make(tmp_path / "sjlt", ("sjlt",), tmp_path / "wheels").error is None
+    assert commands[1][-4:] == ["--no-index", "--find-links", str(tmp_path / "wheels"), "sjlt"]
+
+
+CONFIG = on_device.LLAMA_19M | {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "vocab_size": 64}
+TINY = on_device.Sizes(CONFIG | {"num_attention_heads": 2, "num_key_value_heads": 1}, tokens=12, count=10, batch=4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_recipe_gives_the_same_task_everywhere(dtype: str, tmp_path: Path) -> None:
+    task = on_device.make_task(TINY, "cpu", dtype)
+    task.save(tmp_path)
+    loaded = Task.load(tmp_path)
+    assert loaded.recipe == Recipe(TINY.config, dtype, "cpu") and (loaded.device, loaded.batch) == ("cpu", 4)
+    assert (loaded.examples, loaded.others) == (task.examples, task.others)
+    assert {p.dtype for p in loaded.model.parameters()} == {getattr(torch, dtype)}
+    assert all(torch.equal(p, q) for p, q in zip(loaded.model.parameters(), task.model.parameters(), strict=True))
+    assert all(torch.equal(v, task.direction[name]) for name, v in loaded.direction.items())
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors", ".safetensors"]
+
+
+@pytest.mark.parametrize("name", ["public", "torch-jvp", "torch-vmap", "u2a_fast-forward", "u2a_fast-lowrank", "grass"])
+def test_contestants_run_in_half_precision(name: str) -> None:
+    task, contestant = on_device.make_task(TINY, "cpu", "bfloat16"), BY_NAME[name]
+    truth = truths(task, torch.float32)
+    adapter = {"plain": plain, "u2a_fast": u2a_fast, "projected": projected}[contestant.adapter]
+    judged = judge(contestant, getattr(adapter, contestant.mode)(task)(task.examples).tolist(), truth)
+    assert judged["norm_error"] <= HALF_AGREEMENT if contestant.exact else judged["spearman"]["all"] > -1
+
+
+def test_turns_on_a_device_give_rows(tmp_path: Path) -> None:
+    task = on_device.make_task(TINY, "cpu", "bfloat16")
+    broken = replace(BY_NAME["torch-jvp"], name="broken", mode="missing")
+    chosen = [*on_device.entrants("bfloat16", []), broken]
+    assert [c.name for c in chosen] == [*on_device.FIRST, "broken"]
+    saved: list[list[dict[str, object]]] = []
+    limits = on_device.Limits(rounds=2, patience=120)
+    rows = on_device.measure_on_device(
+        "tiny", task, chosen, limits, folder=tmp_path, reference=torch.float32, save=saved.append
+    )
+    assert saved[-1] == rows and len(saved) == 2, "nothing before all exact scores were right, then after everybody"
+    unit, forward, reverse, failed = rows
+    assert unit["case"] == "tiny-cpu-bfloat16-forward" and unit["units"] == [1, 1, 1] and unit["batch"] == 4
+    assert "bfloat16 scores of u2a_fast within" in forward["gate"] and "of float32 autograd" in forward["gate"]
+    assert forward["norm_error"] <= HALF_AGREEMENT and forward["batch"] is None and forward["rounds"] == 2
+    assert reverse["examples"] == 10 and "has no attribute 'missing'" in failed["error"]
+    json.dumps(rows, allow_nan=False)
+
+
+def test_nothing_is_begun_when_the_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_device, "_begun", lambda *_: iter(()))
+    monkeypatch.setattr(on_device, "_warm", lambda *_: None)
+    limits = on_device.Limits(until=0)
+    with pytest.raises(measure.GateError, match="time was not enough"):
+        task = on_device.make_task(TINY, "cpu")
+        on_device.measure_on_device("tiny", task, on_device.entrants("float32", []), limits, folder=tmp_path)
+    assert limits.answer() == 1
+
+
+def test_the_command_takes_a_device(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[tuple[str, float]] = []
+
+    def measured(name: str, task: Task, contestants: list[Contestant], limits: on_device.Limits, **_: object) -> None:
+        calls.append((name, limits.left()))
+        if name == "a":
+            raise measure.GateError("wrong")
+
+    monkeypatch.setattr(on_device, "WORKLOADS", {"a": TINY, "b": replace(TINY, dtype="bfloat16")})
+    monkeypatch.setattr(on_device, "measure_on_device", measured)
+    assert command.main(["--device", "cpu", "--seconds", "100"]) == 1
+    assert [name for name, _ in calls] == ["a", "b"] and calls[0][1] <= 50 < calls[1][1] <= 100
+    assert "GATE FAILED, nothing written: wrong" in capsys.readouterr().out
+
+
+def test_batches_are_halved_until_they_fit(original: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = replace(original, device="cuda", batch=8)
+    tried: list[int] = []
+
+    def run(score: object, examples: object, device: str) -> dict[str, object]:
+        tried.append(task.batch)
+        if task.batch > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {}
+
+    monkeypatch.setattr(worker, "_run", run)
+    assert worker._fitting_run(lambda examples: torch.zeros(1), task, 4) == {"batch": 2} and tried == [8, 4, 2]
+
+
+def test_half_precision_binds_u2a_fast_alone(truth: dict[str, Tensor]) -> None:
+    wrong = (truth["all"] * 1.1).tolist()
+    entry = measure.Entry(BY_NAME["torch-jvp"], 10, 10)
+    measure.judge_entry(entry, wrong, truth, half=True)
+    assert entry.error is None and entry.judged["norm_error"] == pytest.approx(0.1)
+    with pytest.raises(measure.GateError, match="of their norm"):
+        measure.judge_entry(measure.Entry(BY_NAME["u2a_fast-reverse"], 10, 10), wrong, truth, half=True)
 
 
 def test_errors_name_no_place() -> None:

@@ -55,7 +55,7 @@ def _approximate(name: str, label: str, adapter: str, mode: str, environment: st
 
 
 CONTESTANTS: tuple[Contestant, ...] = (
-    Contestant("forward", "forward pass, sorted, batch 8 (the unit)", "plain", "forward", truth="", exact=False),
+    Contestant("forward", "forward pass, sorted by length (the unit)", "plain", "forward", truth="", exact=False),
     _ours("reverse", "reverse"),
     _ours("forward", "forward"),
     _ours("lowrank", "low-rank direction", exact=False),

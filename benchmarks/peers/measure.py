@@ -16,11 +16,23 @@ from benchmarks.peers.contestants import Contestant, user_code_lines
 from benchmarks.peers.environments import PACKAGES, Environment, prepare
 from benchmarks.peers.process import Worker, WorkerError
 from benchmarks.peers.task import BATCH, Task
-from benchmarks.peers.truth import AGREEMENT, judge, truths
+from benchmarks.peers.truth import AGREEMENT, HALF_AGREEMENT, judge, truths
 from u2a_fast.bench.rows import Row, make_row
 from u2a_fast.bench.timing import ratios
 
-__all__ = ["GateError", "Settings", "in_this_version", "measure"]
+__all__ = [
+    "CLOCKS",
+    "Entry",
+    "GateError",
+    "Settings",
+    "begin",
+    "in_this_version",
+    "judge_entry",
+    "load",
+    "make_peer_row",
+    "measure",
+    "turn",
+]
 
 CLOCKS = ("seconds", "cpu_seconds")
 STARTING = 2  # processes that load at a time
@@ -50,6 +62,7 @@ class Entry:
     times: dict[str, list[float]] = field(default_factory=lambda: {clock: [] for clock in CLOCKS})
     units: dict[str, list[float]] = field(default_factory=lambda: {clock: [] for clock in CLOCKS})  # of a forward pass
     memory: dict[str, float | None] = field(default_factory=dict)
+    batch: int | None = None  # examples a batch in its last run
 
     @classmethod
     def of(cls, contestant: Contestant, total: int, timed: int) -> "Entry":
@@ -71,18 +84,29 @@ def in_this_version(contestant: Contestant) -> bool:
     return not contestant.ours or mode == "ghost_norm" or mode in ours.modes()
 
 
-def _start(entry: Entry, environment: Environment, folder: Path, settings: Settings) -> None:
+def begin(entry: Entry, environment: Environment, folder: Path, *, threads: int, patience: float) -> bool:
+    """Begin the process of an entry, which waits; False and the entry's error where it has no environment."""
     contestant = entry.contestant
     if environment.error is not None or not contestant.adapter:
         entry.error = environment.error or "installs here, but where this was written it did not: no adapter"
-        return
+        return False
     log = folder / f"{contestant.name}.log"
+    entry.worker = Worker(contestant, environment.python, folder, log, threads=threads, patience=patience)
+    return True
+
+
+def load(entry: Entry) -> None:
+    """Have the process of an entry load the task; one that fails is retired."""
+    assert entry.worker is not None
     try:
-        entry.worker = Worker(
-            contestant, environment.python, folder, log, threads=settings.threads, patience=settings.patience
-        )
+        entry.worker.load()
     except WorkerError as error:
         entry.retire(str(error))
+
+
+def _start(entry: Entry, environment: Environment, folder: Path, settings: Settings) -> None:
+    if begin(entry, environment, folder, threads=settings.threads, patience=settings.patience):
+        load(entry)
 
 
 def _start_all(entries: Sequence[Entry], task: Task, folder: Path, settings: Settings) -> None:
@@ -98,7 +122,8 @@ def _start_all(entries: Sequence[Entry], task: Task, folder: Path, settings: Set
         list(pool.map(lambda entry: _start(entry, environments[entry.contestant.environment], folder, settings), able))
 
 
-def _turn(entry: Entry, count: int) -> dict[str, Any] | None:
+def turn(entry: Entry, count: int) -> dict[str, Any] | None:
+    """A run over ``count`` examples; None where it fails, which retires the entry."""
     assert entry.worker is not None
     try:
         answer = entry.worker.run(count)
@@ -108,11 +133,16 @@ def _turn(entry: Entry, count: int) -> dict[str, Any] | None:
     for key in ("peak_mib", "rise_mib", "device_mib"):
         values = [v for v in (answer[key], entry.memory.get(key)) if v is not None]
         entry.memory[key] = max(values, default=None)
+    entry.batch = answer["batch"]
     return answer
 
 
-def _judge(entry: Entry, scores: list[float], truth: dict[str, Tensor]) -> None:
-    """Take what the first scores are worth; GateError where exact ones of u2a_fast are wrong."""
+def judge_entry(entry: Entry, scores: list[float], truth: dict[str, Tensor], half: bool = False) -> None:
+    """Take what the first scores are worth; GateError where exact ones of u2a_fast are wrong.
+
+    With ``half`` the model is in half precision: only u2a_fast is held to an error, of the norm. That of the others is
+    reported, since nobody promised their rounding.
+    """
     contestant = entry.contestant
     try:
         entry.judged = judge(contestant, scores, truth)
@@ -121,9 +151,13 @@ def _judge(entry: Entry, scores: list[float], truth: dict[str, Tensor]) -> None:
         return
     if not entry.judged:
         return
-    error, ranking = entry.judged["relative_error"], entry.judged["spearman"][contestant.truth]
-    wrong = f"scores differ from float64 autograd ({contestant.truth}) by {error:.1e} (relative)"
-    if contestant.exact and not error <= AGREEMENT:
+    error, ranking = (
+        entry.judged["norm_error" if half else "relative_error"],
+        entry.judged["spearman"][contestant.truth],
+    )
+    kind = "of their norm" if half else "(relative)"
+    wrong = f"scores differ from {'' if half else 'float64 '}autograd ({contestant.truth}) by {error:.1e} {kind}"
+    if contestant.exact and (contestant.ours or not half) and not error <= (HALF_AGREEMENT if half else AGREEMENT):
         if contestant.ours:
             raise GateError(f"{contestant.name}: {wrong}")
         entry.retire(wrong)
@@ -135,7 +169,7 @@ def _forward(unit: Entry, counts: set[int]) -> dict[int, dict[str, Any]]:
     """A forward pass over each number of examples, the largest first."""
     answers = {}
     for count in sorted(counts, reverse=True):
-        answer = _turn(unit, count)
+        answer = turn(unit, count)
         if answer is None:
             raise GateError(f"the forward pass failed: {unit.error}")
         answers[count] = answer
@@ -151,7 +185,7 @@ def _round(entries: Sequence[Entry], size: Callable[[Entry], int]) -> dict[str, 
             forward = _forward(entry, {size(e) for e in entries})
             answers["forward"] = forward[size(entry)]
         else:
-            answers[entry.contestant.name] = _turn(entry, size(entry))
+            answers[entry.contestant.name] = turn(entry, size(entry))
     for entry in entries:
         if (answer := answers[entry.contestant.name]) is not None:
             for clock in CLOCKS:
@@ -166,7 +200,7 @@ def _first(entries: Sequence[Entry], truth: dict[str, Tensor]) -> None:
     scores = _round(active, lambda entry: entry.count)
     for entry in active:
         if entry.contestant.name in scores:
-            _judge(entry, scores[entry.contestant.name], truth)
+            judge_entry(entry, scores[entry.contestant.name], truth)
         if entry.contestant.rounds == 0:
             entry.timed = entry.count
             entry.retire()
@@ -198,10 +232,11 @@ def measure(name: str, task: Task, contestants: Sequence[Contestant], settings: 
     if not passed:
         raise GateError("no exact mode of u2a_fast took part")
     gate = f"exact float32 scores of u2a_fast within {max(passed):.1e} (relative) of float64 autograd in this run"
-    return [_row(name, task, entry, gate) for entry in entries]
+    return [make_peer_row(name, task, entry, gate) for entry in entries]
 
 
-def _row(workload: str, task: Task, entry: Entry, gate: str) -> Row:
+def make_peer_row(workload: str, task: Task, entry: Entry, gate: str, *, device: str = "cpu", **more: Any) -> Row:
+    """The row of an entry: its error, or times and what its scores are worth."""
     contestant = entry.contestant
     values: dict[str, Any] = {
         "workload": workload,
@@ -223,5 +258,5 @@ def _row(workload: str, task: Task, entry: Entry, gate: str) -> Row:
             "cpu_units": ratios(entry.times["cpu_seconds"], entry.units["cpu_seconds"]).to_list(),
             "lines": user_code_lines(contestant),
         }
-        values |= entry.memory | entry.judged
-    return make_row("peers", f"{workload}-{contestant.name}", values, gate=gate)
+        values |= entry.memory | entry.judged | more
+    return make_row("peers", f"{workload}-{contestant.name}", values, gate=gate, device=device)

@@ -4,6 +4,7 @@ import json
 import os
 import select
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """Starts ``benchmarks.peers.worker`` with ``python`` and talks to it line by line.
+    """Starts ``benchmarks.peers.worker`` with ``python``, which imports, and talks to it line by line.
 
     Args:
         contestant: whose adapter is run.
@@ -47,26 +48,30 @@ class Worker:
                 stderr=errors,
             )
         self.log = log
-        try:
-            self.setup_seconds = self._answer()["setup_seconds"]
-        except WorkerError:
-            self.close()
-            raise
+
+    def load(self) -> float:
+        """Have it load the task and set up; the seconds that setting up took. WorkerError with what went wrong."""
+        seconds: float = self._ask("load")["setup_seconds"]
+        return seconds
 
     def run(self, count: int) -> dict[str, Any]:
         """Score the first ``count`` examples. WorkerError with what went wrong."""
+        return self._ask(f"run {count}")
+
+    def _ask(self, line: str) -> dict[str, Any]:
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write(f"run {count}\n".encode())
+            self.process.stdin.write(f"{line}\n".encode())
             self.process.stdin.flush()
         except BrokenPipeError:
-            raise WorkerError(self._last_words()) from None
+            pass  # it has died, with an answer or without: either is there to read
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         if not select.select([self.process.stdout], [], [], self.patience)[0]:
-            raise WorkerError(f"no answer within {self.patience:g} s")
+            self.process.kill()
+            raise WorkerError(f"no answer within {self.patience:.3g} s")
         line = self.process.stdout.readline()
         if not line:
             raise WorkerError(self._last_words())
@@ -83,7 +88,8 @@ class Worker:
         """End the process."""
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
-            pipe.close()
+            with suppress(BrokenPipeError):  # what a dead process was not told
+                pipe.close()
         try:
             self.process.wait(5)
         except subprocess.TimeoutExpired:

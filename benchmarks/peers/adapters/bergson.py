@@ -22,6 +22,10 @@ from benchmarks.peers.task import Example, Scorer, Task
 TOKENS = 2048
 
 
+def _tokens(task: Task, examples: Sequence[Example]) -> int:
+    return TOKENS if task.recipe is None else task.batch * max(len(e["input_ids"]) for e in examples)
+
+
 def _frozen(task: Task) -> tuple:
     # user code: unprojected projected output
     model, base = task.model.requires_grad_(False), f"{task.model.base_model_prefix}."
@@ -38,10 +42,10 @@ def _gradients(task: Task, dimension: int) -> Scorer:
     # user code: projected
     processor = GradientProcessor(projection_dim=dimension or None)
     sides = (processor.projection_type, processor.projection_scale, processor.projection_seed)
-    cpu = torch.float32, torch.device("cpu")
+    where = model.dtype, model.device
     for name, v in query.items() if dimension else ():
-        left = create_module_projection_matrix(name, "left", dimension, v.shape[0], *cpu, *sides)
-        right = create_module_projection_matrix(name, "right", dimension, v.shape[1], *cpu, *sides)
+        left = create_module_projection_matrix(name, "left", dimension, v.shape[0], *where, *sides)
+        right = create_module_projection_matrix(name, "right", dimension, v.shape[1], *where, *sides)
         query[name] = left @ v @ right.T
     # end
 
@@ -53,8 +57,8 @@ def _gradients(task: Task, dimension: int) -> Scorer:
 
     def score(examples: Sequence[Example]) -> Tensor:
         writer = InMemorySequenceScoreWriter(len(examples), 1)
-        scorer = BergsonScorer(flat, list(flat), writer, torch.device("cpu"), torch.float32)
-        batches = allocate_batches([len(e["input_ids"]) for e in examples], TOKENS)
+        scorer = BergsonScorer(flat, list(flat), writer, model.device, model.dtype)
+        batches = allocate_batches([len(e["input_ids"]) for e in examples], _tokens(task, examples))
         data = Dataset.from_list(examples)
         collect_gradients(model, data, processor, settings, batches=batches, target_modules=set(targets), scorer=scorer)
         return writer.scores[:, 0]
@@ -84,10 +88,10 @@ def output(task: Task) -> Scorer:
 
     def score(examples: Sequence[Example]) -> Tensor:
         out = torch.empty(len(examples))
-        for positions in allocate_batches([len(e["input_ids"]) for e in examples], TOKENS):
+        for positions in allocate_batches([len(e["input_ids"]) for e in examples], _tokens(task, examples)):
             ids, labels = ([examples[i][key] for i in positions] for key in ("input_ids", "labels"))
-            x, y, *_ = pad_and_tensor(ids, labels=labels, device=torch.device("cpu"), sync_max_len=False)
-            out[positions] = output_token_influence(model, x, y, directions, settings)[0].sum(1)[:, 0]
+            x, y, *_ = pad_and_tensor(ids, labels=labels, device=model.device, sync_max_len=False)
+            out[positions] = output_token_influence(model, x, y, directions, settings)[0].sum(1)[:, 0].cpu()
         return out
 
     # end

@@ -10,13 +10,18 @@ from kronfluence.task import Task as KronfluenceTask
 from kronfluence.utils.dataset import DataLoaderKwargs
 from torch import Tensor, nn
 
-from benchmarks.peers.task import BATCH, Batch, Example, Scorer, Task, batches, linears, mean_nll
+from benchmarks.peers.task import Batch, Example, Scorer, Task, batches, linears, mean_nll
+
+HALVED = ("score", "per_sample_gradient", "precondition")
 
 
 def identity(task: Task) -> Scorer:
     """The query is the sum of the other examples' gradients, which it computes anew in every run."""
     folder = tempfile.TemporaryDirectory()
-    names = list(linears(task.model))
+    names, dtype = list(linears(task.model)), task.model.dtype
+
+    # its own choice for half precision, less the autocast that a model in half precision does not need
+    half = {} if dtype == torch.float32 else {f"{what}_dtype": dtype for what in HALVED}
 
     # user code: identity
     class LanguageModeling(KronfluenceTask):
@@ -31,7 +36,7 @@ def identity(task: Task) -> Scorer:
 
     rules = LanguageModeling()
     model = prepare_model(task.model, rules)
-    analyzer = Analyzer("peers", model, rules, cpu=True, output_dir=folder.name, disable_tqdm=True)
+    analyzer = Analyzer("peers", model, rules, cpu=task.device == "cpu", output_dir=folder.name, disable_tqdm=True)
     analyzer.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=_padded))
     analyzer.fit_all_factors("identity", [], factor_args=FactorArguments(strategy="identity"))
 
@@ -42,17 +47,17 @@ def identity(task: Task) -> Scorer:
             query_dataset=task.others,
             train_dataset=examples,
             per_device_query_batch_size=len(task.others),
-            per_device_train_batch_size=BATCH,
-            score_args=ScoreArguments(aggregate_query_gradients=True),
+            per_device_train_batch_size=task.batch,
+            score_args=ScoreArguments(aggregate_query_gradients=True, **half),
             overwrite_output_dir=True,
         )
         return analyzer.load_pairwise_scores("scores")["all_modules"][0]
 
     # end
     def score(examples: Sequence[Example]) -> Tensor:
-        order = [i for batch in batches(examples) for i in batch.positions]
+        order = [i for batch in batches(examples, task.batch) for i in batch.positions]
         out = torch.empty(len(examples))
-        out[order] = pairwise([examples[i] for i in order])
+        out[order] = pairwise([examples[i] for i in order]).float().cpu()
         return out
 
     shortest = min(task.examples, key=lambda example: len(example["input_ids"]))

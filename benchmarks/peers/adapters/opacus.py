@@ -22,4 +22,4 @@ def ghost_norm(task: Task) -> Scorer:
         return found
 
     # end
-    return lambda examples: ordered(examples, norms)
+    return lambda examples: ordered(task, examples, norms)

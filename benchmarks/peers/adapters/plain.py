@@ -10,7 +10,7 @@ from benchmarks.peers.task import Example, Scorer, Task, mean_nll, ordered
 
 
 def forward(task: Task) -> Scorer:
-    """NLL of every example, 8 at a time, sorted by length: what one unit is."""
+    """NLL of every example, in batches sorted by length: what one unit is."""
     model = task.model
 
     # user code: forward
@@ -19,7 +19,7 @@ def forward(task: Task) -> Scorer:
             return mean_nll(model(ids, use_cache=False).logits, labels)
 
     # end
-    return lambda examples: ordered(examples, nll)
+    return lambda examples: ordered(task, examples, nll)
 
 
 def forward_jvp(task: Task) -> Scorer:
@@ -36,7 +36,7 @@ def forward_jvp(task: Task) -> Scorer:
     # end
     def score(examples: Sequence[Example]) -> Tensor:
         with torch.no_grad():
-            return ordered(examples, derivatives)
+            return ordered(task, examples, derivatives)
 
     return score
 
@@ -44,6 +44,8 @@ def forward_jvp(task: Task) -> Scorer:
 def vmap_grad(task: Task) -> Scorer:
     """Per-example gradients of all parameters, materialised, then contracted."""
     model, direction = task.model, task.direction
+    if task.recipe is not None:  # vmap has no rule for every fused attention of a device
+        model.set_attn_implementation("eager")
     # user code: vmap_grad
     weights = {name: p.detach() for name, p in model.named_parameters()}
 
@@ -55,7 +57,7 @@ def vmap_grad(task: Task) -> Scorer:
         return sum(g.flatten(1) @ direction[name].flatten() for name, g in gradients.items())
 
     # end
-    return lambda examples: ordered(examples, derivatives)
+    return lambda examples: ordered(task, examples, derivatives)
 
 
 def public(task: Task, padded: int | None = None) -> Scorer:
@@ -76,7 +78,7 @@ def public(task: Task, padded: int | None = None) -> Scorer:
         pad = torch.nn.functional.pad
         return derivative(pad(ids, (0, missing)), pad(labels, (0, missing), value=-100))
 
-    return lambda examples: ordered(examples, widened, size=1)
+    return lambda examples: ordered(task, examples, widened, size=1)
 
 
 def public_padded(task: Task) -> Scorer:

@@ -46,7 +46,7 @@ def _projected(task: Task, sides: Callable[[nn.Linear], tuple[Side, Side]], sket
         return torch.stack(parts).sum(0)
 
     # end
-    return lambda examples: ordered(examples, scores)
+    return lambda examples: ordered(task, examples, scores)
 
 
 def logra(task: Task) -> Scorer:
@@ -54,7 +54,7 @@ def logra(task: Task) -> Scorer:
 
     # user code: logra
     def sides(layer: nn.Linear) -> tuple[Side, Side]:
-        out, inside = (torch.randn(width, RANK) / RANK**0.5 for width in layer.weight.shape)
+        out, inside = ((torch.randn(width, RANK) / RANK**0.5).to(layer.weight) for width in layer.weight.shape)
         return (lambda g: g @ out), (lambda x: x @ inside)
 
     return _projected(task, sides, lambda size: lambda flat: flat)
@@ -63,7 +63,7 @@ def logra(task: Task) -> Scorer:
 
 # user code: grass grass_sjlt
 def _coordinates(layer: nn.Linear) -> tuple[Side, Side]:
-    out, inside = (torch.randperm(width)[:RANK] for width in layer.weight.shape)
+    out, inside = (torch.randperm(width)[:RANK].to(layer.weight.device) for width in layer.weight.shape)
     return (lambda g: g[..., out]), (lambda x: x[..., inside])
 
 
@@ -73,7 +73,8 @@ def grass(task: Task) -> Scorer:
 
     # user code: grass
     def sketches(size: int) -> Side:
-        row, sign = torch.randint(SKETCH, (size,)), torch.randint(2, (size,)) * 2.0 - 1
+        row, sign = torch.randint(SKETCH, (size,)).to(task.device), torch.randint(2, (size,)) * 2.0 - 1
+        sign = sign.to(task.model.get_input_embeddings().weight)
         return lambda flat: flat.new_zeros(*flat.shape[:-1], SKETCH).index_add_(-1, row, flat * sign)
 
     return _projected(task, _coordinates, sketches)

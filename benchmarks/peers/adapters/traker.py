@@ -26,4 +26,4 @@ def basic_projector(task: Task) -> Scorer:
         return projector.project(vmap(grad(nll), in_dims=(None, 0, 0))(weights, ids, labels), 0) @ wanted
 
     # end
-    return lambda examples: ordered(examples, derivatives, size=16)
+    return lambda examples: ordered(task, examples, derivatives, size=16)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.task import BATCH, Example, Scorer, Task, linears, mean_nll, ordered
+from benchmarks.peers.task import Example, Scorer, Task, linears, mean_nll, ordered
 from u2a_fast import directional_derivatives, ops
 from u2a_fast.influence.routes import MODES
 
@@ -55,4 +55,4 @@ def ghost_norm(task: Task) -> Scorer:
         return torch.stack(squares).sum(0)
 
     # end
-    return lambda examples: ordered(examples, norms, size=BATCH)
+    return lambda examples: ordered(task, examples, norms)
