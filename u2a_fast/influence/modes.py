@@ -267,7 +267,7 @@ def topk_by_estimate(run: Run, estimates: np.ndarray, k: int, *, candidates: int
         certified=False,
         recall=recall,
         recall_interval=interval,
-        spearman=spearman(estimates[sampled], rows.score[sampled]),
+        spearman=spearman(estimates[sampled], rows.score[sampled]) if len(sampled) >= LEAST_RANKED else None,
     )
     positions = np.sort(positions)  # equal scores in the order given
     return run.scores(rows, np.ones(n, dtype=bool), report, positions[best(rows.score[positions], k)])
