@@ -249,3 +249,16 @@ def test_mistakes_are_named(options, message):
 def test_bad_weights_and_scores_are_named(weights, scores, message):
     with pytest.raises(ValueError, match=message):
         exponentiated_gradient(np.array(weights), np.array(scores))
+
+
+def test_approximations_are_not_ranked_with_exact_scores():
+    scores = table([3.0, 9.0, 2.0, np.nan, -1.0])
+    scores.exact = np.array([True, False, True, False, True])
+    chosen = select(scores, k=2)
+    assert chosen.id.tolist() == ["n0", "n2"] and chosen.dropped_approximate == 2
+    assert select(scores, k=2, approximate="keep", nonfinite="drop").id.tolist() == ["n1", "n0"]
+    scores.exact = np.zeros(5, dtype=bool)
+    chosen = select(scores, k=2, nonfinite="drop")
+    assert chosen.id.tolist() == ["n1", "n0"] and chosen.dropped_approximate == 0
+    with pytest.raises(ValueError, match='expected approximate "drop" or "keep"'):
+        select(scores, k=2, approximate="some")

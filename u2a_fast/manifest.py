@@ -14,7 +14,7 @@ import yaml
 
 from u2a_fast.store.files import write_text
 
-__all__ = ["RunRecord", "read_options", "recorded_command", "versions"]
+__all__ = ["RunRecord", "read_options", "read_record", "recorded_command", "versions"]
 
 PACKAGES = ("u2a_fast", "torch", "transformers", "triton", "datasets", "peft", "accelerate", "numpy", "pyarrow")
 
@@ -88,11 +88,16 @@ def read_options(path: Path, command: str) -> dict[str, Any]:
 
 def recorded_command(path: Path) -> str | None:
     """The verb that wrote the run.yaml ``path``; None where there is none, or it is none of ours."""
+    return read_record(path).get("command")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """All that the run.yaml ``path`` says; empty where there is none, or it is none of ours."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return None
-    return content.get("command") if isinstance(content, dict) else None
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def versions() -> dict[str, str | None]:

@@ -9,6 +9,7 @@ from u2a_fast import __version__
 from u2a_fast.cli.align import align
 from u2a_fast.cli.bench import bench
 from u2a_fast.cli.evaluate import evaluate
+from u2a_fast.cli.index import index
 from u2a_fast.cli.score import score
 from u2a_fast.cli.select import select
 from u2a_fast.cli.selftest import selftest
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 for command in (score, select, unlearn, align, evaluate, report, demo, doctor, selftest):
     app.command()(command)
+app.add_typer(index)
 app.add_typer(bench)
 
 

@@ -14,6 +14,7 @@ from u2a_fast.influence.scorer import InfluenceScorer
 from u2a_fast.models.loading import context_length, load_tokenizer
 
 __all__ = [
+    "check_topk",
     "data_files",
     "make_objective",
     "make_scorer",
@@ -21,6 +22,7 @@ __all__ = [
     "parameter_selection",
     "read_objective_rows",
     "read_the_negatives",
+    "scoring_dtype",
     "tokenization",
 ]
 
@@ -91,11 +93,17 @@ def parameter_selection(text: str) -> str | list[str]:
     return [kind.strip() for kind in text.split(",")]
 
 
+def scoring_dtype(options: Mapping[str, Any]) -> torch.dtype | None:
+    """The precision of the passes, None for the model's own."""
+    dtype = str(options["dtype"])
+    return None if dtype == "auto" else getattr(torch, dtype)
+
+
 def make_scorer(
     options: Mapping[str, Any], model: torch.nn.Module, tokenizer: Any, objective: Objective
 ) -> InfluenceScorer:
     """A scorer with the options' curvature, loss, parameters and precision."""
-    dtype = str(options["dtype"])
+    names = ("mode", "rank", "fraction", "batch_invariant")
     return InfluenceScorer(
         model,
         tokenizer,
@@ -107,9 +115,19 @@ def make_scorer(
         reduction=str(options["reduction"]),
         damping=options["damping"],
         token_budget=options["token_budget"],
-        dtype=None if dtype == "auto" else getattr(torch, dtype),
-        **{name: plain(options[name]) for name in ("mode", "rank", "fraction", "batch_invariant") if name in options},
+        dtype=scoring_dtype(options),
+        **{name: plain(options[name]) for name in names if options.get(name) is not None},
     )
+
+
+def check_topk(scorer: InfluenceScorer, options: Mapping[str, Any]) -> None:
+    """Raise ValueError if ``--top-k`` asks for what the scorer cannot certify, in the options' words."""
+    if options["top_k"] is None:
+        return
+    try:
+        scorer.check_topk(options["top_k"], rank=options["rank"])
+    except ValueError as error:
+        raise ValueError(f"{error} (here --dtype float32, or --mode shortlist, which certifies nothing)") from error
 
 
 def data_files(*sources: Negatives | Rows) -> list[Path]:

@@ -63,6 +63,7 @@ class ModeKind(StrEnum):
     forward = "forward"
     reverse = "reverse"
     lowrank = "lowrank"
+    shortlist = "shortlist"
     layers = "layers"
 
 
@@ -105,6 +106,20 @@ class NonfinitePolicy(StrEnum):
 
     error = "error"
     drop = "drop"
+
+
+class ApproximatePolicy(StrEnum):
+    """What approximate scores beside exact ones do to a selection."""
+
+    drop = "drop"
+    keep = "keep"
+
+
+class ProjectionKind(StrEnum):
+    """How an index shortens gradients."""
+
+    sketch = "sketch"
+    random = "random"
 
 
 def option(kind: Any, text: str, *names: str, **settings: Any) -> Any:

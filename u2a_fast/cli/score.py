@@ -1,4 +1,7 @@
-"""``u2a-fast score``: the gain of unlearning each negative, in windows that survive interruption."""
+"""``u2a-fast score``: the gain of unlearning each negative, in windows that survive interruption.
+
+A shortlist and a certified top k rank all negatives at once: they hold them in memory and are written whole.
+"""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -10,6 +13,7 @@ import typer
 from u2a_fast import __version__
 from u2a_fast.cli import inputs
 from u2a_fast.cli import options as o
+from u2a_fast.cli.explain import explain_scoring
 from u2a_fast.cli.session import (
     claim_folder,
     note,
@@ -24,10 +28,11 @@ from u2a_fast.cli.session import (
 from u2a_fast.cli.signal import check_signal
 from u2a_fast.data import Negatives, Rows
 from u2a_fast.influence.derivatives import resolve_token_budget
+from u2a_fast.influence.modes import EXACT_MODES
 from u2a_fast.influence.scorer import InfluenceScorer, ScoringReport
 from u2a_fast.manifest import RunRecord
 from u2a_fast.models.loading import load_model, model_files, resolve_device
-from u2a_fast.store import ScoreSummary, check_target, score_to_parquet, sha256_of_files
+from u2a_fast.store import ScoreSummary, check_target, score_to_parquet, sha256_of_files, write_scores
 
 RESULTS = ("scores.parquet",)
 NOT_IN_FINGERPRINT = {"out", "signal_check"}
@@ -35,24 +40,69 @@ NOT_IN_FINGERPRINT = {"out", "signal_check"}
 
 SCORING: o.Group = {
     "dtype": (o.option(o.DtypeKind, "Precision of the scoring passes."), o.DtypeKind.auto),
-    "mode": (o.option(o.ModeKind, "auto, forward, reverse: exact. lowrank, layers: approximate."), o.ModeKind.auto),
-    "rank": (o.option(int, "Singular vectors kept of a matrix, for lowrank.", min=1), 16),
-    "fraction": (o.option(float | None, "Cost beyond a forward pass that layers may spend; default 0.5."), None),
+    "mode": (
+        o.option(
+            o.ModeKind,
+            "auto, forward, reverse: exact. lowrank, layers: approximate. shortlist: exact for those that lowrank "
+            "ranks best, with a measured recall.",
+        ),
+        o.ModeKind.auto,
+    ),
+    "top_k": (
+        o.option(
+            int | None,
+            "Only the K best, certified: a low-rank pass with bounds, then exact scores of all that can be among them.",
+            min=1,
+        ),
+        None,
+    ),
+    "rank": (
+        o.option(
+            int | None,
+            "Singular vectors kept of a matrix; default 16, planned by cost for --top-k.",
+            min=1,
+        ),
+        None,
+    ),
+    "fraction": (
+        o.option(
+            float | None,
+            "Of the negatives that shortlist scores exactly (default 0.1); of the cost beyond a forward pass that "
+            "layers may spend (default 0.5).",
+        ),
+        None,
+    ),
     "batch_invariant": (
         o.option(bool, "Bits that do not depend on what is scored beside: one example at a time.", "--batch-invariant"),
         False,
     ),
-    "window": (o.option(int, "Negatives between two checkpoints.", min=1), 2048),
+    "window": (
+        o.option(
+            int,
+            "Negatives between two checkpoints. shortlist and --top-k have none: interrupted, they start anew.",
+            min=1,
+        ),
+        2048,
+    ),
+    "explain": (
+        o.option(bool, "Print the route, why, and what it does in every module; score and write nothing.", "--explain"),
+        False,
+    ),
 }
 
 
 @verb(
     *(o.MODEL, o.NEGATIVES, o.OBJECTIVE, o.OUT, o.CURVATURE, o.LOSS, o.PARAMETERS, o.READING, SCORING, o.SIGNAL, o.RUN),
-    resume="run the same command again (without --overwrite) to resume at the first unfinished window",
+    resume="run the same command again (without --overwrite) to resume at the first unfinished window (a shortlist and "
+    "a top k start their pass anew)",
 )
 def score(context: typer.Context) -> None:
     """Score every negative: how much unlearning it would raise preference performance (positive: it helps)."""
     p, out = context.params, context.params["out"]
+    _check_options(p)
+    if p["explain"]:
+        explain_scoring(p)
+        return
     refuse_existing(context, RESULTS)
     place = resolve_device(p["device"])
     tokenizer, settings = inputs.tokenization(p)
@@ -72,21 +122,49 @@ def score(context: typer.Context) -> None:
         check_target(out, fingerprint, window=p["window"])
     model, tokenizer = load_model(p["model"], device=place, adapter=p["adapter"])
     scorer = inputs.make_scorer(p, model, tokenizer, objective)
+    inputs.check_topk(scorer, p)
     claim_folder(context, RESULTS)
     if p["overwrite"]:
-        remove_results(out, ("signal.json",))
+        remove_results(out, ("signal.json", *RESULTS, "parts"))
     record = RunRecord.start("score", used, out, device=str(place), hashes=fingerprint["inputs"])
     resumed = (out / "parts" / "manifest.json").exists()
     signal = check_signal(scorer, negatives, out, seed=p["seed"], resumed=resumed) if p["signal_check"] else None
-    summary = _score(scorer, negatives, fingerprint, p)
+    made = _score_at_once if _at_once(p) else _score
+    summary = made(scorer, negatives, fingerprint, p)
     write_skipped(out, rows, negatives)
-    result = _result(summary, rows, negatives)
+    result = score_result(summary, rows, negatives, at_once=_at_once(p))
     full = result | ({"signal": signal} if signal else {})
     if summary.report and summary.report.energy_by_parameter:
         full["energy_by_parameter"] = dict(summary.report.energy_by_parameter)
     record.finish(full)
-    _warn_of_nonfinite(summary)
+    warn_of_rows(summary, p["top_k"])
     show_result(full if p["json_output"] else result, as_json=p["json_output"])
+
+
+def _at_once(p: Mapping[str, Any]) -> bool:
+    """Whether all negatives are ranked together, not a window at a time."""
+    return p["top_k"] is not None or p["mode"] == o.ModeKind.shortlist
+
+
+def _check_options(p: Mapping[str, Any]) -> None:
+    if p["top_k"] is not None and p["mode"] not in EXACT_MODES:
+        raise ValueError(f"[score] expected --mode out of {list(EXACT_MODES)} with --top-k, got {str(p['mode'])!r}")
+
+
+def _score_at_once(
+    scorer: InfluenceScorer, negatives: Negatives, fingerprint: Mapping[str, Any], p: Mapping[str, Any]
+) -> ScoreSummary:
+    """A shortlist of all negatives, or the best k of them, written whole; ``fingerprint`` has no parts to guard."""
+    with progress("scoring") as bar:
+
+        def update(stage: str, done: int, total: int) -> None:
+            bar(done, total, stage)
+
+        if p["top_k"] is None:
+            scores = scorer.score(negatives, on_progress=update)
+        else:
+            scores = scorer.topk(negatives, p["top_k"], rank=p["rank"], on_progress=update)
+    return write_scores(p["out"] / RESULTS[0], scores)
 
 
 def _score(
@@ -110,7 +188,8 @@ def _fingerprint(used: Mapping[str, Any], files: Iterable[Path]) -> dict[str, An
     return {"version": __version__, "options": json.loads(json.dumps(kept)), "inputs": sha256_of_files(files)}
 
 
-def _result(summary: ScoreSummary, rows: Rows, negatives: Negatives) -> dict[str, Any]:
+def score_result(summary: ScoreSummary, rows: Rows, negatives: Negatives, *, at_once: bool) -> dict[str, Any]:
+    """What is printed of scores; those made ``at_once`` have one report, others that of their last window."""
     return {
         "scores": str(summary.path),
         "rows": summary.rows,
@@ -118,17 +197,20 @@ def _result(summary: ScoreSummary, rows: Rows, negatives: Negatives) -> dict[str
         "skipped": rows.report.bad_count + negatives.report.bad_count,
         "truncated": rows.report.truncated + negatives.report.truncated,
         "resumed_rows": summary.resumed_rows,
-        **({"scoring": _of_the_run(summary.report)} if summary.report else {}),
+        **({"scoring": _of_the_run(summary.report, at_once)} if summary.report else {}),
     }
 
 
-def _of_the_run(report: ScoringReport) -> dict[str, Any]:
+def _of_the_run(report: ScoringReport, at_once: bool) -> dict[str, Any]:
     """What holds of the whole run, not of its last window, in a few lines."""
-    left_out = ("rows", "rescored", "energy_by_parameter")
+    left_out = ("energy_by_parameter",) if at_once else ("rows", "rescored", "energy_by_parameter")
     return {name: value for name, value in report.to_dict().items() if name not in left_out}
 
 
-def _warn_of_nonfinite(summary: ScoreSummary) -> None:
+def warn_of_rows(summary: ScoreSummary, wanted: int | None) -> None:
+    """Say on stderr which scores are not finite, and where fewer than ``wanted`` negatives are there."""
+    if wanted is not None and wanted > summary.rows:
+        note(f"warning: --top-k {wanted} of {summary.rows} negatives: all of them, sorted")
     if summary.nonfinite:
         shown = ", ".join(summary.nonfinite_ids)
         more = ", ..." if summary.nonfinite > len(summary.nonfinite_ids) else ""

@@ -14,7 +14,17 @@ from u2a_fast.selection import Selection
 from u2a_fast.selection import select as choose
 from u2a_fast.store import read_scores, sha256_of_files, write_selection
 
-SCORES: o.Group = {"scores": (o.option(Path, "Folder of a score run, or its scores.parquet."), REQUIRED)}
+SCORES: o.Group = {
+    "scores": (o.option(Path, "Folder of a score run, or its scores.parquet."), REQUIRED),
+    "approximate": (
+        o.option(
+            o.ApproximatePolicy,
+            "What approximate scores beside exact ones (of a shortlist) do: drop, or keep. Where none is exact, they "
+            "are ranked among themselves.",
+        ),
+        o.ApproximatePolicy.drop,
+    ),
+}
 
 RESULTS = ("selection.parquet",)
 
@@ -31,13 +41,18 @@ def select(context: typer.Context) -> None:
     p, out = context.params, context.params["out"]
     refuse_existing(context, RESULTS)
     scores = Scores.from_columns(read_scores(p["scores"]))
-    chosen = choose(scores, **selection_settings(p))
+    chosen = choose(scores, approximate=str(p["approximate"]), **selection_settings(p))
     file = p["scores"] / "scores.parquet" if p["scores"].is_dir() else p["scores"]
     claim_folder(context, RESULTS)
     record = RunRecord.start("select", run_options(context), out, device="cpu", hashes=sha256_of_files([file]))
     write_selection(out / "selection.parquet", chosen)
     result = _result(chosen, len(scores), out)
     record.finish(result)
+    if chosen.dropped_approximate:
+        note(f"{chosen.dropped_approximate} of {len(scores)} negatives left out: their scores are approximations, the "
+             "others' are exact (--approximate keep ranks them together)")  # fmt: skip
+    elif not scores.exact.all():
+        note(f"warning: {int((~scores.exact).sum())} of {len(scores)} scores are approximations")
     if chosen.dropped_nonfinite:
         note(f"warning: {chosen.dropped_nonfinite} negatives dropped, their scores are NaN or infinite")
     show_result(result, as_json=p["json_output"])
@@ -52,4 +67,5 @@ def _result(chosen: Selection, scored: int, out: Path) -> dict[str, Any]:
         "temper": chosen.temper,
         "largest_weight": float(chosen.weight.max()),
         "dropped_nonfinite": chosen.dropped_nonfinite,
+        "dropped_approximate": chosen.dropped_approximate,
     }

@@ -23,6 +23,7 @@ from u2a_fast.store import lock_folder, write_text
 __all__ = [
     "REQUIRED",
     "claim_folder",
+    "command_name",
     "load_config",
     "note",
     "progress",
@@ -38,7 +39,7 @@ REQUIRED = inspect.Parameter.empty  # the default of an option that must be give
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 USER_ERROR = 2
 OUTSIDE = (SafetensorError, torch.OutOfMemoryError, MemoryError)  # a full disk, a full device, a full machine
-NOT_RECORDED = {"config", "json_output", "debug", "overwrite"}
+NOT_RECORDED = {"config", "json_output", "debug", "overwrite", "explain"}
 COLUMN_OPTIONS = {"columns", "objective_columns"}
 PATHS_OR_NAMES = {"model", "negatives", "preferences", "rewards", "positives", "retain"}
 
@@ -76,11 +77,20 @@ def verb(*groups: Mapping[str, tuple[Any, Any]], resume: str) -> Callable[[Calla
     return decorate
 
 
+def command_name(context: typer.Context) -> str:
+    """The verb as it is typed and recorded: "score", "index build"."""
+    names, parent = [str(context.info_name)], context.parent
+    while parent is not None and parent.parent is not None:
+        names.append(str(parent.info_name))
+        parent = parent.parent
+    return " ".join(reversed(names))
+
+
 def load_config(context: typer.Context, path: Path | None) -> Path | None:
     """Take the options of a YAML file as defaults, so that the command line wins. An eager option's callback."""
     if path is None or context.resilient_parsing:
         return path
-    command = str(context.info_name)
+    command = command_name(context)
     try:
         options = {str(name).replace("-", "_"): value for name, value in read_options(path, command).items()}
         known = {str(parameter.name) for parameter in context.command.params} - NOT_RECORDED
@@ -132,7 +142,7 @@ def refuse_existing(context: typer.Context, names: tuple[str, ...]) -> None:
     if found and not overwrite:
         raise FileExistsError(f"--out: {out} holds {', '.join(found)}: pass --overwrite to replace it")
     other = recorded_command(out / "run.yaml")
-    if other not in (None, context.info_name) and not overwrite:
+    if other not in (None, command_name(context)) and not overwrite:
         raise FileExistsError(f"--out: {out} holds a run of {other!r}: choose another folder, or pass --overwrite")
 
 
@@ -158,13 +168,15 @@ def note(text: str) -> None:
 
 
 def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
-    """The outcome on stdout: one JSON object, or a line for each single value in it."""
+    """The outcome on stdout: one JSON object, or a line for each single value and each interval in it."""
     if as_json:
         print(json.dumps(_strict(result), ensure_ascii=False, allow_nan=False))
         return
     for name, value in result.items():
         if isinstance(value, Mapping):
             show_result({f"{name} {part}": item for part, item in value.items()}, as_json=False)
+        elif name.endswith("_interval"):
+            print(f"{name.replace('_', ' ')}: {', '.join(f'{end:.6g}' for end in value)}")
         elif not isinstance(value, (list, tuple)):
             print(f"{name.replace('_', ' ')}: {f'{value:.6g}' if isinstance(value, float) else value}")
 

@@ -5,7 +5,7 @@ embeddings are left out, so scores are those of the direction's linear part (``c
 up to the projection's error. They choose candidates; what counts is rescored exactly, with all parameters.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from math import isqrt
 from pathlib import Path
@@ -27,7 +27,7 @@ from u2a_fast.models.projection import Projection, Sketch, two_sided
 from u2a_fast.store.fingerprint import hash_examples, hash_model
 from u2a_fast.store.gradients import GradientShards
 
-__all__ = ["PROJECTIONS", "GradientIndex"]
+__all__ = ["PROJECTIONS", "GradientIndex", "check_options"]
 
 PROJECTIONS = ("sketch", "random")
 _VERSION = 1
@@ -119,6 +119,8 @@ class GradientIndex:
         m = self.shards.manifest
         if m.get("version") != _VERSION:
             raise ValueError(f"[index] expected an index of version {_VERSION}, got {m.get('version')}: build it anew")
+        if missing := sorted({"weights", "model", "examples", "projection", "dim", "seed", "reduction"} - set(m)):
+            raise ValueError(f"[index] expected the manifest of an index, got {self.shards.folder} without {missing}")
         if m["model"] != hash_model(model):
             raise ValueError(
                 f"[index] {self.shards.folder} was built with another model, or this one has changed since"
@@ -145,6 +147,7 @@ class GradientIndex:
         token_budget: int | None = None,
         dtype: torch.dtype | None = None,
         shard_rows: int = 1024,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> "GradientIndex":
         """Project the gradients of all examples into ``folder``; a run that was broken off goes on at its last shard.
 
@@ -163,12 +166,13 @@ class GradientIndex:
             reduction: NLL_i is the ``"mean"`` or the ``"sum"`` over example i's scored tokens.
             token_budget, dtype: as ``directional_derivatives`` takes them.
             shard_rows: examples a file, and between two points from which a run goes on.
+            on_progress: called with (examples done, of how many) at the start and after every shard.
 
         Raises:
             ValueError: an option or an example is wrong, or no linear layer is selected.
             FileExistsError: the folder holds an index of another model, other examples or options.
         """
-        _check_options(projection, dim, seed, shard_rows)
+        check_options(projection, dim, seed, shard_rows)
         names = selected_parameters(model, parameters)
         passes = _ProjectionPass(model, names, projection, dim, seed, reduction, dtype)
         if not passes.projections.weights:
@@ -196,8 +200,19 @@ class GradientIndex:
                     out[positions] = result.derivatives.T.cpu().numpy()
             return out
 
-        GradientShards.fill(folder, manifest, compute)
+        GradientShards.fill(folder, manifest, compute, on_progress)
         return cls(model, folder)
+
+    def check(self, examples: Sequence[Example], reduction: str) -> None:
+        """Raise ValueError unless the index was built from these examples and with this reduction."""
+        m = self.shards.manifest
+        if hash_examples(examples) != m["examples"]:
+            raise ValueError(
+                f"[index] {self.shards.folder} was built from other examples than these: expected {m['rows']} rows in "
+                f"their order, tokenized as then, got {len(examples)} that differ"
+            )
+        if reduction != m["reduction"]:
+            raise ValueError(f"[index] expected the reduction {m['reduction']!r} of the index, got {reduction!r}")
 
     def scores(self, direction: Direction) -> np.ndarray:
         """Estimates of <direction, grad NLL_i> over the linear weights, unbiased, (B) float32: one matrix product."""
@@ -236,8 +251,7 @@ class GradientIndex:
         Returns:
             Positions, best first, and exact derivatives, (min(k, B)) each.
         """
-        if hash_examples(examples) != self.shards.manifest["examples"]:
-            raise ValueError(f"[index] {self.shards.folder} was built from other examples than these")
+        self.check(examples, self.shards.manifest["reduction"])
         options = {"reduction": self.shards.manifest["reduction"]} | options
         chosen = self.candidates(direction, max(candidates or 4 * k, k))
         exact = directional_derivatives(self.model, [examples[int(i)] for i in chosen], direction, **options)
@@ -246,7 +260,8 @@ class GradientIndex:
         return chosen[best], values[best]
 
 
-def _check_options(projection: str, dim: int, seed: int, shard_rows: int) -> None:
+def check_options(projection: str, dim: int, seed: int, shard_rows: int) -> None:
+    """Raise ValueError for an option of ``GradientIndex.build`` that is out of its range."""
     if projection not in PROJECTIONS:
         raise ValueError(f"[index] expected a projection out of {list(PROJECTIONS)}, got {projection!r}")
     if not 0 <= seed < 2**31:

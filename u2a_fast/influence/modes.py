@@ -20,12 +20,21 @@ from u2a_fast.influence.lowrank import spectra, truncate
 from u2a_fast.influence.ranks import GRID, Profile, RankPlan, plan_ranks
 from u2a_fast.influence.routes import Choice, Pass, run_batches, run_parts
 from u2a_fast.influence.scores import Scores, ScoringReport
-from u2a_fast.influence.topk import best, certify, recall_of_shortlist, shortlist_positions, unlisted_sample
+from u2a_fast.influence.topk import (
+    best,
+    certify,
+    listed_positions,
+    recall_of_shortlist,
+    shortlist_positions,
+    unlisted_sample,
+)
 from u2a_fast.models.capture import Capture
 from u2a_fast.models.parameters import parameter_names
 from u2a_fast.statistics import spearman
 
-__all__ = ["EXACT_MODES", "FRACTIONS", "MODES", "Run", "check_mode", "score", "topk"]
+__all__ = ["EXACT_MODES", "FRACTIONS", "MODES", "Progress", "Run", "check_mode", "score", "topk", "topk_by_estimate"]
+
+Progress = Callable[[str, int, int], None]  # stage, negatives done, of how many
 
 EXACT_MODES = ("auto", "forward", "reverse")
 MODES = (*EXACT_MODES, "lowrank", "shortlist", "layers")
@@ -59,6 +68,7 @@ class Run:
         token_budget: most tokens a batch.
         memo: what later calls of the same scorer use again.
         float32: its exact pass in float32, where it scores in 16 bits.
+        on_progress: called after every batch.
     """
 
     items: Sequence[Example]
@@ -68,15 +78,20 @@ class Run:
     token_budget: int
     memo: dict[Any, Any]
     float32: Callable[[], Pass] | None = None
+    on_progress: Progress | None = None
 
-    def evaluate(self, passes: Pass, positions: np.ndarray | None = None) -> Rows:
+    def evaluate(self, passes: Pass, positions: np.ndarray | None = None, stage: str = "exact pass") -> Rows:
         """Rows of the negatives at ``positions``, all by default, in that order."""
         positions = np.arange(len(self.items)) if positions is None else positions
-        n = len(positions)
+        n, done = len(positions), 0
+        found = []
         with passes.running():
-            batches = run_batches(passes, [self.items[int(i)] for i in positions], self.token_budget)
-            # Results stay where they are until all are there: waiting for each would leave a GPU idle in between.
-            found = [(at, out.derivatives[0], out.nll, out.tokens, out.bound) for at, out in batches]
+            for at, out in run_batches(passes, [self.items[int(i)] for i in positions], self.token_budget):
+                # Results stay where they are until all are there: waiting for each would leave a GPU idle in between.
+                found.append((at, out.derivatives[0], out.nll, out.tokens, out.bound))
+                done += len(at)
+                if self.on_progress:
+                    self.on_progress(stage, done, n)
         derivative, nll, bound = torch.empty(3, n, dtype=torch.float64)
         tokens = torch.empty(n, dtype=torch.int64)
         bounded = False
@@ -92,7 +107,7 @@ class Run:
 
     def rescore(self, rows: Rows, positions: np.ndarray) -> np.ndarray:
         """Exact scores at ``positions``, written into ``rows`` too."""
-        rows.score[positions] = self.evaluate(self.exact()[0], positions).score
+        rows.score[positions] = self.evaluate(self.exact()[0], positions, "rescoring").score
         return rows.score[positions]
 
     def scores(self, rows: Rows, exact: np.ndarray, report: ScoringReport, order: np.ndarray | None = None) -> Scores:
@@ -129,8 +144,12 @@ def score(run: Run, mode: str, *, rank: int, fraction: float | None) -> Scores:
 
 def _exact(run: Run) -> Scores:
     n, (passes, choice) = len(run.items), run.exact()
-    report = ScoringReport("exact", n, route=choice.mode, reason=choice.reason)
+    report = ScoringReport("exact", n, **_route(choice))
     return run.scores(run.evaluate(passes), np.ones(n, dtype=bool), report)
+
+
+def _route(choice: Choice) -> dict[str, Any]:
+    return {"route": choice.mode, "reason": choice.reason}
 
 
 def _against_float32(run: Run, scores: np.ndarray) -> dict[str, Any]:
@@ -164,12 +183,12 @@ def _energy(passes: DerivativePass) -> dict[str, Any]:
 def _low_rank(run: Run, rank: int) -> Scores:
     n, passes = len(run.items), _low_rank_pass(run, rank)
     report = ScoringReport("lowrank", n, rescored=0, rank=rank, **_energy(passes))
-    return run.scores(run.evaluate(passes), np.zeros(n, dtype=bool), report)
+    return run.scores(run.evaluate(passes, stage="low-rank pass"), np.zeros(n, dtype=bool), report)
 
 
 def _shortlist(run: Run, rank: int, fraction: float) -> Scores:
     n, passes = len(run.items), _low_rank_pass(run, rank)
-    rows = run.evaluate(passes)
+    rows = run.evaluate(passes, stage="low-rank pass")
     approximate = rows.score.copy()
     listed = shortlist_positions(approximate, fraction)
     sampled = unlisted_sample(n, listed)
@@ -181,6 +200,7 @@ def _shortlist(run: Run, rank: int, fraction: float) -> Scores:
         "shortlist",
         n,
         rescored=int(exact.sum()),
+        **_route(run.exact()[1]),
         rank=rank,
         recall=recall,
         recall_interval=interval,
@@ -198,7 +218,7 @@ def _layers(run: Run, fraction: float) -> Scores:
         run.memo["layers", fraction] = chosen, run.make(partial(keep_layers, choice=chosen))
     choice, passes = run.memo["layers", fraction]
     report = ScoringReport("layers", n, layers=choice.blocks, share=choice.share, spearman=choice.spearman)
-    return run.scores(run.evaluate(passes), np.zeros(n, dtype=bool), report)
+    return run.scores(run.evaluate(passes, stage="some layers"), np.zeros(n, dtype=bool), report)
 
 
 def topk(run: Run, k: int, *, rank: int | None, certified: bool) -> Scores:
@@ -210,11 +230,11 @@ def topk(run: Run, k: int, *, rank: int | None, certified: bool) -> Scores:
     if plan is not None and plan.units >= 3:
         rows = run.evaluate(run.exact()[0])
         note = "the bound would leave too many to rescore: all were scored exactly"
-        report = ScoringReport("topk", n, rescored=n, certified=True, note=note)
+        report = ScoringReport("topk", n, rescored=n, **_route(run.exact()[1]), certified=True, note=note)
         return run.scores(rows, np.ones(n, dtype=bool), report, best(rows.score, k))
     ranks = plan.ranks if plan is not None else (rank or 16)
     passes = run.make(partial(truncate, ranks=ranks, bounded=certified))
-    rows = run.evaluate(passes)
+    rows = run.evaluate(passes, stage="low-rank pass")
     bound = rows.bound if rows.bound is not None else np.zeros(n)
     if certified:
         order, found = certify(rows.score.copy(), bound, partial(run.rescore, rows), k)
@@ -224,8 +244,37 @@ def topk(run: Run, k: int, *, rank: int | None, certified: bool) -> Scores:
         run.rescore(rows, candidates)
         order, rescored = candidates[best(rows.score[candidates], k)], len(candidates)
     uniform = ranks if isinstance(ranks, int) else None
-    report = ScoringReport("topk", n, rescored=rescored, rank=uniform, certified=certified, **_energy(passes))
+    made = {**_route(run.exact()[1]), "rank": uniform, "certified": certified, **_energy(passes)}
+    report = ScoringReport("topk", n, rescored=rescored, **made)
     return run.scores(rows, np.ones(n, dtype=bool), report, order)
+
+
+def topk_by_estimate(run: Run, estimates: np.ndarray, k: int, *, candidates: int, coverage: float) -> Scores:
+    """The best k by exact score among the best ``candidates`` of estimates (n), with the recall of those.
+
+    A random sample of the other negatives is scored exactly too, so that recall is measured, and takes part.
+    """
+    n, (passes, choice) = len(run.items), run.exact()
+    listed = listed_positions(estimates, candidates)
+    sampled = unlisted_sample(n, listed)
+    positions = np.concatenate([listed, sampled])
+    found = run.evaluate(passes, positions, "rescoring")
+    recall, interval = recall_of_shortlist(found.score[: len(listed)], found.score[len(listed) :], n - len(listed))
+    rows = Rows(np.full(n, np.nan), np.full(n, np.nan), np.zeros(n, dtype=np.int64), None)
+    rows.score[positions], rows.nll[positions], rows.tokens[positions] = found.score, found.nll, found.tokens
+    report = ScoringReport(
+        "index",
+        n,
+        rescored=len(positions),
+        **_route(choice),
+        coverage=coverage,
+        certified=False,
+        recall=recall,
+        recall_interval=interval,
+        spearman=spearman(estimates[sampled], rows.score[sampled]) if len(sampled) >= LEAST_RANKED else None,
+    )
+    positions = np.sort(positions)  # equal scores in the order given
+    return run.scores(rows, np.ones(n, dtype=bool), report, positions[best(rows.score[positions], k)])
 
 
 def _plan(run: Run, k: int) -> RankPlan:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from u2a_fast.curvature.diagonal import Curvature, DiagonalFisher, Identity
 from u2a_fast.data.packing import Example
 from u2a_fast.influence.derivatives import Approximate, DerivativePass, resolve_token_budget
-from u2a_fast.influence.lowrank import check_rank
-from u2a_fast.influence.modes import EXACT_MODES, Run, check_mode, score, topk
+from u2a_fast.influence.index import GradientIndex
+from u2a_fast.influence.lowrank import check_rank, truncate
+from u2a_fast.influence.modes import EXACT_MODES, Progress, Run, check_mode, score, topk, topk_by_estimate
 from u2a_fast.influence.objectives import Objective
 from u2a_fast.influence.routes import Choice, Pass, make_pass
 from u2a_fast.influence.scores import Scores, ScoringReport
@@ -136,18 +138,35 @@ class InfluenceScorer:
         """What the exact route does in every module that holds a selected parameter, by the module's path."""
         return self._exact_pass()[0].explain()
 
-    def score(self, negatives: Iterable[Example], *, nll_reference: Sequence[float] | None = None) -> Scores:
+    def choice(self) -> Choice:
+        """The exact route that ``explain`` describes, and why it is taken."""
+        return self._exact_pass()[1]
+
+    def explain_lowrank(self) -> tuple[dict[str, str], float]:
+        """What the pass of rank ``rank`` does in every module that holds a selected parameter, and its energy."""
+        passes = self._reverse_pass(partial(truncate, ranks=self.rank))
+        return passes.explain(), passes.approximation.total_energy
+
+    def score(
+        self,
+        negatives: Iterable[Example],
+        *,
+        nll_reference: Sequence[float] | None = None,
+        on_progress: Progress | None = None,
+    ) -> Scores:
         """Score every negative.
 
         Args:
             negatives: token examples, optionally with an ``id``.
             nll_reference: NLL_i at the reference model, for ``loss="npo"`` after the model has moved; None: at the
                 reference.
+            on_progress: called with (stage, negatives done, of how many) after every batch.
 
         Returns:
             ``Scores`` in the order given; a score that is not finite is kept as it is and counted in ``nonfinite``.
         """
-        return score(self._run(negatives, nll_reference), self.mode, rank=self.rank, fraction=self.fraction)
+        run = self._run(negatives, nll_reference, on_progress)
+        return score(run, self.mode, rank=self.rank, fraction=self.fraction)
 
     def topk(
         self,
@@ -157,6 +176,7 @@ class InfluenceScorer:
         certified: bool = True,
         rank: int | None = None,
         nll_reference: Sequence[float] | None = None,
+        on_progress: Progress | None = None,
     ) -> Scores:
         """The k negatives of the highest exact scores, best first; NaN last, equal scores in the order given.
 
@@ -171,7 +191,7 @@ class InfluenceScorer:
             certified: False: no bound; the best 2k by low-rank score are scored exactly.
             rank: of every matrix; None: planned by cost from a sample (16 without a certificate), which scores all
                 exactly where the bound is too loose to save anything.
-            nll_reference: as for ``score``.
+            nll_reference, on_progress: as for ``score``.
 
         Returns:
             min(k, n) exact scores; ``report.rescored`` says how many took an exact pass.
@@ -179,18 +199,66 @@ class InfluenceScorer:
         Raises:
             ValueError: k or rank is below 1, or a certificate is asked for in half precision.
         """
+        self.check_topk(k, certified=certified, rank=rank)
+        return topk(self._run(negatives, nll_reference, on_progress), k, rank=rank, certified=certified)
+
+    def check_topk(self, k: int, *, certified: bool = True, rank: int | None = None) -> None:
+        """Raise ValueError as ``topk`` would, before any work."""
         if k < 1:
             raise ValueError(f"[topk] expected k of at least 1, got {k}")
-        check_rank(rank or 1)
+        check_rank(1 if rank is None else rank)
         dtype = self.dtype or next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         if certified and dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"[topk] expected float32 or float64 for a certificate, got {dtype}: pass dtype=torch.float32 to the "
                 "scorer, or certified=False"
             )
-        return topk(self._run(negatives, nll_reference), k, rank=rank, certified=certified)
 
-    def _run(self, negatives: Iterable[Example], nll_reference: Sequence[float] | None) -> Run:
+    def topk_by_index(
+        self,
+        negatives: Iterable[Example],
+        index: GradientIndex,
+        k: int,
+        *,
+        candidates: int | None = None,
+        on_progress: Progress | None = None,
+    ) -> Scores:
+        """The k negatives of the highest exact scores among the best candidates by an index's estimates, best first.
+
+        Whether the candidates hold the true best is not certified but measured: a random sample of the others (256 at
+        least) is scored exactly too, takes part, and gives ``report.recall`` and ``report.spearman``.
+
+        Args:
+            negatives: those that the index was built from, at the model that it was built with, which is the reference.
+            index: their projected gradients.
+            k: how many.
+            candidates: how many to score exactly; None: 4 k. Those without a finite estimate are scored besides.
+            on_progress: as for ``score``.
+
+        Returns:
+            min(k, n) exact scores; ``report.coverage`` says which share of the direction the index sees.
+
+        Raises:
+            ValueError: k or candidates is out of its range, or the index holds other examples or another reduction.
+        """
+        if k < 1:
+            raise ValueError(f"[topk] expected k of at least 1, got {k}")
+        if candidates is not None and candidates < k:
+            raise ValueError(f"[topk] expected at least as many candidates as k = {k}, got {candidates}")
+        items = list(negatives)
+        index.check(items, self.reduction)
+        run = self._run(items, None, on_progress)
+        # at the reference every unlearning loss falls by 1 with each nat: gains are derivatives along -v
+        downhill = {name: -v for name, v in self.direction().items()}
+        estimates = index.scores(downhill)
+        return topk_by_estimate(run, estimates, k, candidates=candidates or 4 * k, coverage=index.coverage(downhill))
+
+    def _run(
+        self,
+        negatives: Iterable[Example],
+        nll_reference: Sequence[float] | None,
+        on_progress: Progress | None = None,
+    ) -> Run:
         items = list(negatives)
         if self._curvature == "fisher" and self._solver is None:
             self.fit_curvature(list(islice(items, _FISHER_SAMPLE)))
@@ -201,7 +269,14 @@ class InfluenceScorer:
             return unlearning_slope(self.loss, nll, at_reference, self.npo_beta)
 
         return Run(
-            items, self._exact_pass, self._reverse_pass, slope, self.token_budget, self._memo, self._float32_pass()
+            items,
+            self._exact_pass,
+            self._reverse_pass,
+            slope,
+            self.token_budget,
+            self._memo,
+            self._float32_pass(),
+            on_progress,
         )
 
     def _exact_pass(self) -> tuple[Pass, Choice]:

@@ -14,11 +14,12 @@ class ScoringReport:
     """How scores were made, and what is known of their error. What does not apply to a mode is None or empty.
 
     Attributes:
-        mode: ``"exact"``, ``"lowrank"``, ``"shortlist"``, ``"topk"`` or ``"layers"``.
+        mode: ``"exact"``, ``"lowrank"``, ``"shortlist"``, ``"topk"``, ``"layers"`` or ``"index"``.
         rows: negatives looked at; rescored: those of them scored exactly after an approximate pass.
-        route: ``"forward"`` or ``"reverse"``, and reason: why, where everything was scored exactly.
+        route: ``"forward"`` or ``"reverse"``, and reason: why, of what was scored exactly.
         rank: singular vectors kept of a matrix; None where every matrix has its own.
         energy: ||v_r||^2 / ||v||^2 of the truncated direction; energy_by_parameter: of its truncated matrices.
+        coverage: share of ||v||^2 in the weights that the index holds.
         certified: the rows returned are the true best by exact score.
         recall: share of the negatives that score as high as the shortlist's better half which the shortlist holds, with
             its 95 % interval, from a random sample of the others scored exactly.
@@ -38,6 +39,7 @@ class ScoringReport:
     rank: int | None = None
     energy: float | None = None
     energy_by_parameter: Mapping[str, float] = field(default_factory=dict)
+    coverage: float | None = None
     certified: bool | None = None
     recall: float | None = None
     recall_interval: tuple[float, float] | None = None

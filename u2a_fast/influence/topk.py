@@ -6,7 +6,15 @@ from statistics import NormalDist
 
 import numpy as np
 
-__all__ = ["Exact", "best", "certify", "recall_of_shortlist", "shortlist_positions", "unlisted_sample"]
+__all__ = [
+    "Exact",
+    "best",
+    "certify",
+    "listed_positions",
+    "recall_of_shortlist",
+    "shortlist_positions",
+    "unlisted_sample",
+]
 
 Exact = Callable[[np.ndarray], np.ndarray]  # positions (m) -> exact scores (m)
 
@@ -57,9 +65,13 @@ def certify(approximate: np.ndarray, bound: np.ndarray, exact: Exact, k: int) ->
 
 def shortlist_positions(approximate: np.ndarray, fraction: float) -> np.ndarray:
     """The best ``fraction`` by approximate score, rounded up, and those without a finite one; increasing positions."""
-    n = len(approximate)
+    return listed_positions(approximate, ceil(fraction * len(approximate)))
+
+
+def listed_positions(approximate: np.ndarray, count: int) -> np.ndarray:
+    """The best ``count`` by approximate score and those without a finite one, increasing positions."""
     unknown = ~np.isfinite(approximate)
-    listed = best(np.where(unknown, -np.inf, approximate), ceil(fraction * n))
+    listed = best(np.where(unknown, -np.inf, approximate), count)
     return np.union1d(listed, np.flatnonzero(unknown))
 
 

@@ -39,6 +39,7 @@ class Selection:
         score: (n) their gains s_i.
         weight: (n) unlearning weights of mean 1.
         dropped_nonfinite: negatives left out because their score is NaN or infinite.
+        dropped_approximate: negatives left out because their score is an approximation and others' are exact.
         temper: factor on the log-weights that the floor of the effective sample size asked for (1: none).
     """
 
@@ -48,6 +49,7 @@ class Selection:
     weight: np.ndarray
     dropped_nonfinite: int = 0
     temper: float = 1.0
+    dropped_approximate: int = 0
 
     def __len__(self) -> int:
         return len(self.index)
@@ -117,6 +119,14 @@ def _weigh(
     return exponentiated_gradient(start, score, eta=step, transform=transform, clip=clip, min_ess=min_ess, cap=cap)
 
 
+def _comparable(scores: ScoreTable, count: int, approximate: str) -> np.ndarray:
+    """Positions whose scores are of one kind: the exact ones where there are any, unless all are to be kept."""
+    exact = getattr(scores, "exact", None)
+    if approximate == "keep" or exact is None or not np.any(exact):
+        return np.arange(count)
+    return np.flatnonzero(exact)
+
+
 def select(
     scores: ScoreTable,
     *,
@@ -131,11 +141,13 @@ def select(
     min_ess: float = 0.5,
     cap: float | None = None,
     nonfinite: str = "error",
+    approximate: str = "drop",
 ) -> Selection:
     """Choose negatives by gain and weigh them.
 
     Args:
-        scores: table with ``id``, ``score`` (gain, positive: unlearning helps) and ``tokens``.
+        scores: table with ``id``, ``score`` (gain, positive: unlearning helps) and ``tokens``; where it has ``exact``,
+            False marks approximations.
         strategy: ``"top-k"`` (the k highest positive gains), ``"threshold"`` (gains above ``threshold``), ``"budget"``
             (high total gain within ``token_budget`` scored tokens, from positive gains, greedy by gain per token) or
             ``"as-released"`` (the k highest, positive or not: the public U2A release).
@@ -147,6 +159,9 @@ def select(
         eta: step size of the weights; None: 1 for ``"eg"``, 0.01 for ``"eg-released"``.
         transform, clip, min_ess, cap: as ``exponentiated_gradient`` takes them, for ``"eg"``.
         nonfinite: what a NaN or infinite score does: ``"error"``, or ``"drop"`` that negative and count it.
+        approximate: what approximations beside exact scores (of a shortlist) do: ``"drop"`` them and count them, or
+            ``"keep"``. The largest of many approximations are too large, those rescored are not, so a common ranking
+            would prefer what is known least. Where no score is exact, they are ranked among themselves.
 
     Raises:
         ValueError: an argument is out of its range, a score is not finite, or nothing qualifies.
@@ -156,13 +171,16 @@ def select(
             raise ValueError(f"[select] expected {name} out of {list(known)}, got {value!r}")
     if nonfinite not in ("error", "drop"):
         raise ValueError(f'[select] expected nonfinite "error" or "drop", got {nonfinite!r}')
+    if approximate not in ("drop", "keep"):
+        raise ValueError(f'[select] expected approximate "drop" or "keep", got {approximate!r}')
     score = np.asarray(scores.score, dtype=np.float64)
-    finite = np.flatnonzero(np.isfinite(score))
-    dropped = len(score) - len(finite)
+    usable = _comparable(scores, len(score), approximate)
+    finite = usable[np.isfinite(score[usable])]
+    dropped = len(usable) - len(finite)
     if dropped and nonfinite == "error":
-        first = scores.id[np.flatnonzero(~np.isfinite(score))[0]]
+        first = scores.id[usable[~np.isfinite(score[usable])][0]]
         raise ValueError(
-            f"[select] expected finite scores, {dropped} of {len(score)} are not (first: id {first!r}); "
+            f"[select] expected finite scores, {dropped} of {len(usable)} are not (first: id {first!r}); "
             'nonfinite="drop" leaves them out'
         )
     tokens = np.asarray(scores.tokens, dtype=np.int64)[finite]
@@ -170,6 +188,7 @@ def select(
         raise ValueError(f"[select] expected tokens >= 1 for every negative, got {tokens.min()}")
     index = finite[_choose(score[finite], tokens, strategy, k, threshold, token_budget)]
     if not len(index):
-        raise ValueError(f"[select] none of {len(score)} negatives qualifies: no gain is large enough, or none fits")
+        raise ValueError(f"[select] none of {len(usable)} negatives qualifies: no gain is large enough, or none fits")
+    left_out = len(score) - len(usable)
     update = _weigh(score[index], weights, eta, transform, clip, min_ess, cap)
-    return Selection(index, np.asarray(scores.id)[index], score[index], update.weight, dropped, update.temper)
+    return Selection(index, np.asarray(scores.id)[index], score[index], update.weight, dropped, update.temper, left_out)

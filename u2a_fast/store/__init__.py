@@ -2,7 +2,7 @@
 
 from u2a_fast.store.files import lock_folder, sha256_of_files, write_atomically, write_text
 from u2a_fast.store.gradients import GradientShards
-from u2a_fast.store.scores import ScoreSummary, check_target, read_scores, score_to_parquet
+from u2a_fast.store.scores import ScoreSummary, check_target, read_scores, score_to_parquet, write_scores
 from u2a_fast.store.selections import read_selection, write_selection
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "score_to_parquet",
     "sha256_of_files",
     "write_atomically",
+    "write_scores",
     "write_selection",
     "write_text",
 ]

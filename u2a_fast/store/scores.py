@@ -19,7 +19,16 @@ import pyarrow.parquet as pq
 
 from u2a_fast.store.files import write_atomically, write_text
 
-__all__ = ["SCHEMA", "ScoreSummary", "Scorer", "check_target", "read_scores", "read_table", "score_to_parquet"]
+__all__ = [
+    "SCHEMA",
+    "ScoreSummary",
+    "Scorer",
+    "check_target",
+    "read_scores",
+    "read_table",
+    "score_to_parquet",
+    "write_scores",
+]
 
 _REQUIRED = pa.schema([("id", pa.string()), ("score", pa.float64()), ("nll", pa.float64()), ("tokens", pa.int64())])
 SCHEMA = _REQUIRED.append(pa.field("exact", pa.bool_()))
@@ -88,7 +97,7 @@ def score_to_parquet(
     if getattr(scorer, "mode", None) == "shortlist":
         raise ValueError(
             '[score] mode "shortlist" ranks all negatives at once, not a window at a time: call scorer.score on all of '
-            'them, or take "lowrank" here'
+            'them and write_scores, or take "lowrank" here'
         )
     if window < 1:
         raise ValueError(f"[score] expected a window of at least 1, got {window}")
@@ -117,6 +126,15 @@ def score_to_parquet(
         done += len(rows)
         report(done, total)
     return replace(_merge(out, finished), report=getattr(made, "report", None))
+
+
+def write_scores(path: Path, scores: Any) -> ScoreSummary:
+    """Write ``Scores`` that were made at once into the Parquet file ``path``, whole, in the columns of ``SCHEMA``."""
+    table = _table(scores, [str(i) for i in scores.id])
+    write_atomically(path, lambda temporary: pq.write_table(table, temporary))
+    bad = _nonfinite(table)
+    shown = tuple(str(scores.id[int(i)]) for i in bad[:NONFINITE_SHOWN])
+    return ScoreSummary(path, len(scores), len(bad), shown, 0, scores.report)
 
 
 def read_scores(path: Path | str) -> dict[str, np.ndarray]:
@@ -208,6 +226,11 @@ def _check_part(part: Path, rows: list[Mapping[str, Any]]) -> None:
 def _write_part(part: Path, scores: Any, rows: list[Mapping[str, Any]]) -> None:
     ids = [str(row["id"]) for row in rows]
     assert [str(i) for i in scores.id] == ids, "the scorer keeps ids and order"
+    table = _table(scores, ids)
+    write_atomically(part, lambda temporary: pq.write_table(table, temporary))
+
+
+def _table(scores: Any, ids: list[str]) -> pa.Table:
     columns = [
         pa.array(ids, pa.string()),
         pa.array(np.asarray(scores.score, dtype=np.float64)),
@@ -215,8 +238,13 @@ def _write_part(part: Path, scores: Any, rows: list[Mapping[str, Any]]) -> None:
         pa.array(np.asarray(scores.tokens, dtype=np.int64)),
         pa.array(np.asarray(scores.exact, dtype=bool)),
     ]
-    table = pa.table(columns, schema=SCHEMA)
-    write_atomically(part, lambda temporary: pq.write_table(table, temporary))
+    return pa.table(columns, schema=SCHEMA)
+
+
+def _nonfinite(table: pa.Table) -> np.ndarray:
+    """Positions of rows whose score or NLL is NaN or infinite."""
+    finite = np.isfinite(table.column("score").to_numpy()) & np.isfinite(table.column("nll").to_numpy())
+    return np.flatnonzero(~finite)
 
 
 def _merge(out: Path, resumed_rows: int) -> ScoreSummary:
@@ -233,8 +261,7 @@ def _merge(out: Path, resumed_rows: int) -> ScoreSummary:
             for part in parts:
                 table = pq.read_table(part, schema=SCHEMA)
                 writer.write_table(table)
-                finite = np.isfinite(table.column("score").to_numpy()) & np.isfinite(table.column("nll").to_numpy())
-                bad = np.flatnonzero(~finite)
+                bad = _nonfinite(table)
                 rows, nonfinite = rows + table.num_rows, nonfinite + len(bad)
                 ids.extend(table.column("id")[int(i)].as_py() for i in bad[: NONFINITE_SHOWN - len(ids)])
 
