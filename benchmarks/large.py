@@ -3,8 +3,9 @@
     python -m benchmarks.large [--device cuda] [--filter ghost_dot] [--rounds 7] [--scale 1] [--out rows.jsonl]
 
 The case table's float64 gate runs on the CPU and bounds its sizes; here a sample of every result is held against
-float64 on the device itself, and what is wrong is not timed. Packages ``liger-kernel`` and ``jvp_flash_attention`` take part where
-they are installed; what they cannot run is printed and left out. bfloat16; contestants in turns; "gemm": a square product.
+float64 on the device itself, and what is wrong is not timed. Packages ``liger-kernel`` and ``jvp_flash_attention`` take
+part where they are installed; what they cannot run is printed and left out. bfloat16, contestants in turns, "gemm" a
+square product.
 """
 
 import argparse
