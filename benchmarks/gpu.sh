@@ -4,7 +4,8 @@
 # Every phase has its own time limit, so that one that hangs leaves the later ones their time. The exit status is 0 where
 # every phase passed. Logs, rows (gpu.jsonl) and the profile go to OUT (default benchmarks/results, where only the rows
 # belong in a commit). PEERS=1 adds a phase of 4 minutes that measures other libraries, installed from the wheels in
-# WHEELS (what benchmarks/peers/environments.py names for bergson and kronfluence); PEERS=only builds and does nothing else.
+# WHEELS (what benchmarks/peers/environments.py names for bergson and kronfluence; from there, liger-kernel and
+# jvp_flash_attention also join benchmarks.large); PEERS=only builds and does nothing else.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=${OUT:-benchmarks/results}
@@ -45,8 +46,10 @@ if [ "${PEERS:-}" = only ]; then
   peers
   finish
 fi
-phase pytest 130 "$PYTHON" -m pytest -q --maxfail 10 -p no:cacheprovider tests/test_triton.py tests/test_ops.py \
-  tests/test_derivatives.py tests/test_influence.py
+WORKERS=()
+"$PYTHON" -c "import xdist" 2>/dev/null && WORKERS=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
+phase pytest 110 "$PYTHON" -m pytest -q "${WORKERS[@]}" -p no:cacheprovider tests/test_triton.py tests/test_cuda.py \
+  tests/test_ops.py
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 phase "$tool" 60 \
@@ -56,9 +59,15 @@ else
   skip memcheck "no compute-sanitizer"
   skip racecheck "no compute-sanitizer"
 fi
-phase benchmarks 140 "$PYTHON" -m benchmarks.run --device cuda --threads "$(nproc)" --out "$ROWS"
+RIVALS=
+if [ -n "${WHEELS:-}" ]; then # kernels of others that benchmarks.large times beside ours
+  RIVALS=$(mktemp -d)
+  "$PYTHON" -m pip install --quiet --no-index --no-deps --target "$RIVALS" --find-links "$WHEELS" liger-kernel jvp_flash_attention
+fi
+PYTHONPATH="$PYTHONPATH${RIVALS:+:$RIVALS}" phase large 100 "$PYTHON" -m benchmarks.large --rounds 5 --out "$ROWS"
+phase benchmarks 110 "$PYTHON" -m benchmarks.run --device cuda --threads "$(nproc)" --out "$ROWS"
 for like in meta-llama/Llama-3.2-1B meta-llama/Llama-3.1-8B; do
-  phase "${like##*/}" 60 "$PYTHON" -m benchmarks.throughput --like "$like" --device cuda --out "$ROWS"
+  phase "${like##*/}" 45 "$PYTHON" -m benchmarks.throughput --like "$like" --device cuda --out "$ROWS"
 done
 if [ ! -s "$ROWS" ]; then
   skip profile "no rows"
@@ -69,6 +78,8 @@ else
   phase profile 50 "$PYTHON" -m benchmarks.slowest --rows "$ROWS" --profile
 fi
 
-[ ! -s "$OUT/benchmarks.log" ] || cat "$OUT/benchmarks.log"
+for log in large benchmarks; do
+  [ ! -s "$OUT/$log.log" ] || cat "$OUT/$log.log"
+done
 [ "${PEERS:-}" != 1 ] || peers
 finish

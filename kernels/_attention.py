@@ -30,7 +30,6 @@ __all__ = [
     "head_strides",
     "hide",
     "key_plan",
-    "whole_tiles",
     "key_tile",
     "load_rows",
     "needs_reference",
@@ -97,16 +96,6 @@ def key_tile(i, plan, own_end, PARENT: tl.constexpr, BLOCK_N: tl.constexpr):
         return start, tl.where(own, own_end, parent_end), tl.where(own, 0, gap)
     else:
         return own_low + i * BLOCK_N, own_end, 0
-
-
-@triton.jit
-def whole_tiles(begin, start, p_parent, window, BLOCK_N: tl.constexpr):
-    """The key tiles, from the first, that every query of the block from ``start`` sees whole; 0 where a parent or a
-    window cuts more than the last ones."""
-    if p_parent is None and window is None:
-        return (start + 1 - begin) // BLOCK_N
-    else:
-        return 0
 
 
 @triton.jit

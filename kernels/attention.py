@@ -31,7 +31,6 @@ from ._attention import (
     scores,
     store_rows,
     weighted_rows,
-    whole_tiles,
 )
 from ._launch import INTERPRETER, Config, inner_contiguous, launch
 
@@ -65,30 +64,6 @@ CONFIGS: HeadConfigs = {
 
 
 @triton.jit
-def _over_tiles(
-    state, first, last, b_q, p_q, p_k, p_v, s_q, s_k, s_v, start, end, plan, scale, softcap, window,
-    PARENT: tl.constexpr, HIDE: tl.constexpr, E: tl.constexpr, F: tl.constexpr, PAD_F: tl.constexpr,
-    CAPPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """(maxima, sums, outputs) after key tiles ``first`` to ``last``; without HIDE all of them are seen whole."""
-    b_max, b_sum, b_out = state
-    o_q = tl.arange(0, BLOCK_M)[:, None]
-    o_k = tl.arange(0, BLOCK_N)[None, :]
-    for i in tl.range(first, last, disable_licm=True):
-        start_k, end_k, shift = key_tile(i, plan, end, PARENT, BLOCK_N)
-        b_k = load_rows(p_k, start_k, end_k, s_k, E, BLOCK_N, b_q.shape[1])
-        b_s = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        b_s = rows_product(b_s, b_q, p_q, start, end, s_q, b_k, p_k, start_k, end_k, s_k, E, BLOCK_D)
-        b_c, _ = scores(b_s, scale, softcap, CAPPED)
-        if HIDE:
-            b_c = hide(b_c, -float("inf"), start - shift, start_k, end_k, window, o_q, o_k, BLOCK_M, BLOCK_N)
-        b_p, b_factor, b_max, b_sum = online_softmax(b_c, b_max, b_sum)
-        b_v = load_rows(p_v, start_k, end_k, s_v, F, BLOCK_N, PAD_F)
-        b_out = weighted_rows(b_out * b_factor[:, None], b_p, b_v, False)
-    return b_max, b_sum, b_out
-
-
-@triton.jit
 def attention_kernel(
     p_q, p_k, p_v, p_cu_seqlens, p_parent, p_out, p_lse, s_q, s_qh, s_k, s_kh, s_v, s_vh, scale, softcap, window, B, H,
     PER_GROUP, E: tl.constexpr, F: tl.constexpr, PAD_E: tl.constexpr, PAD_F: tl.constexpr, CAPPED: tl.constexpr,
@@ -108,18 +83,19 @@ def attention_kernel(
     b_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     b_out = tl.zeros([BLOCK_M, PAD_F], dtype=tl.float32)
-    state = b_max, b_sum, b_out
+    o_q = tl.arange(0, BLOCK_M)[:, None]
+    o_k = tl.arange(0, BLOCK_N)[None, :]
     tiles, plan = key_plan(segment, begin, start, end, p_cu_seqlens, p_parent, window, BLOCK_N)
-    whole = whole_tiles(begin, start, p_parent, window, BLOCK_N)
-    if p_parent is None and window is None:
-        state = _over_tiles(
-            state, 0, whole, b_q, p_q, p_k, p_v, s_q, s_k, s_v, start, end, plan, scale, softcap, window,
-            False, False, E, F, PAD_F, CAPPED, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    b_max, b_sum, b_out = _over_tiles(
-        state, whole, tiles, b_q, p_q, p_k, p_v, s_q, s_k, s_v, start, end, plan, scale, softcap, window,
-        p_parent is not None, True, E, F, PAD_F, CAPPED, BLOCK_M, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
+    for i in tl.range(0, tiles, disable_licm=True):
+        start_k, end_k, shift = key_tile(i, plan, end, p_parent is not None, BLOCK_N)
+        b_k = load_rows(p_k, start_k, end_k, s_k, E, BLOCK_N, PAD_E)
+        b_s = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        b_s = rows_product(b_s, b_q, p_q, start, end, s_q, b_k, p_k, start_k, end_k, s_k, E, BLOCK_D)
+        b_c, _ = scores(b_s, scale, softcap, CAPPED)
+        b_c = hide(b_c, -float("inf"), start - shift, start_k, end_k, window, o_q, o_k, BLOCK_M, BLOCK_N)
+        b_p, b_factor, b_max, b_sum = online_softmax(b_c, b_max, b_sum)
+        b_v = load_rows(p_v, start_k, end_k, s_v, F, BLOCK_N, PAD_F)
+        b_out = weighted_rows(b_out * b_factor[:, None], b_p, b_v, False)
     store_rows(p_out + head * F, start, end, H * F, b_out / b_sum[:, None], F)
     o_m = start + tl.arange(0, BLOCK_M)
     tl.store(p_lse + o_m.to(tl.int64) * H + head, (b_max + tl.log2(b_sum)) / LOG2_E, mask=o_m < end)

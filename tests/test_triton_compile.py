@@ -35,6 +35,8 @@ ELEMENTWISE = ("glu_jvp", "rms_norm_jvp", "rotary")
 HEAD = ("linear_logprob", "linear_logprob_backward", "linear_logprob_jvp")
 GRADIENTS = ("ghost_dot", "ghost_dot_lowrank", "ghost_norm", "grad_project", "grad_sketch")
 MODULES = ("_attention", *ATTENTION, "_tile", *GRADIENTS, *HEAD, *ELEMENTWISE)
+# Bytes of each figure that may spill, where a measurement on a device prefers it: (family, kernel, blocks).
+MEASURED_SPILLS = {("sm_90", "attention_jvp_kernel", 128, 64): 32}
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
 
 
@@ -193,6 +195,11 @@ def _on_matrix_unit(family: str, config: dict[str, int], assembly: str) -> bool:
     return (MATRIX_INSTRUCTION["sm_80"] if small else MATRIX_INSTRUCTION[family]) in assembly
 
 
+def _spills_allowed(family: str, found: dict[str, Any]) -> int:
+    config = found["config"]
+    return MEASURED_SPILLS.get((family, found["kernel"], config.get("BLOCK_M"), config.get("BLOCK_N")), 0)
+
+
 def _spills(family: str, assembly: str, log: str) -> list[int]:
     """What went to memory, as bytes (ptxas), or as vector registers and bytes (AMD, whose scalars spill to registers).
 
@@ -226,7 +233,7 @@ def test_every_kernel_compiles(family: str, tmp_path: Path) -> None:
     kernels = [r for r in found if "kernel" in r]
     assert [r["unused"] for r in found if "unused" in r] == []
     assert len({r["kernel"] for r in kernels}) == 22
-    assert [r for r in kernels if any(r["spills"])] == []
+    assert [r for r in kernels if max(r["spills"]) > _spills_allowed(family, r)] == []
     assert [r for r in kernels if r["shared"] > SHARED_MEMORY[family]] == []
     products = [r for r in kernels if "*bf16" in r["types"] or "*fp16" in r["types"]]
     products = [r for r in products if r["kernel"].removesuffix("_kernel") not in ELEMENTWISE]
