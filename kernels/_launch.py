@@ -96,6 +96,8 @@ def operand(x: Tensor, config: Config, rows: str, columns: str) -> Tensor | Tens
     """
     if not config.tma or x.numel() == 0:
         return x
+    if x.stride(0) < x.shape[1]:  # rows that overlap, as an expanded one does, are no matrix to the copy engine
+        x = x.contiguous()
     return TensorDescriptor.from_tensor(x, [config.blocks[rows], config.blocks[columns]])
 
 
