@@ -25,18 +25,20 @@ class TileContraction {
     std::memset(parts_.as<uint32_t>(), 0, kParts * E::MR * kStep * sizeof(uint32_t));
   }
 
-  void load_directions(View<BFloat16> v, int64_t apart, int64_t some, int64_t count, int64_t columns) {
-    some_ = some;
-    const int64_t panels = ceil_div(columns, E::NR);
+  void load_directions(const DirectionBlock<BFloat16>& v) {
+    some_ = v.some;
+    const int64_t panels = ceil_div(v.columns, E::NR);
     for (int64_t r = 0; r < rows_; ++r) {
-      for (int64_t j = 0; j < some; j += W) {
-        const View<BFloat16> row{v.data + (j * apart + r) * v.row, apart * v.row, 1};
-        const int64_t few = r < count ? smaller(W, some - j) : 0;
+      for (int64_t j = 0; j < v.some; j += W) {
+        const View<BFloat16> row{v.at(j, r), v.stride.direction, v.stride.column};
+        const int64_t few = r < v.count ? smaller(W, v.some - j) : 0;
         // Rows are too far apart for the hardware to see what is read next.
-        for (int64_t i = 0; r + 1 < count && i < few; ++i)
-          for (int64_t p = 0; p < panels; ++p) __builtin_prefetch(row.from_row(i).data + v.row + p * E::NR, 0, 2);
+        for (int64_t i = 0; v.stride.column == 1 && r + 1 < v.count && i < few; ++i)
+          for (int64_t p = 0; p < panels; ++p)
+            __builtin_prefetch(row.from_row(i).data + v.stride.row + p * E::NR, 0, 2);
         for (int64_t p = 0; p < panels; ++p)
-          for_pair_depths({row.data + p * E::NR, row.row, 1}, few, smaller<int64_t>(E::NR, columns - p * E::NR),
+          for_pair_depths({row.data + p * E::NR * row.depth, row.row, row.depth}, few,
+                          smaller<int64_t>(E::NR, v.columns - p * E::NR),
                           [&](int64_t q, VecU pairs) { store(direction_step(p, j, r) + q * W, pairs); });
       }
     }
@@ -109,6 +111,7 @@ struct Contractions<TileEngine, BFloat16> {
   static constexpr int64_t kMany = 8;
   using Few = VectorContraction<TileEngine, BFloat16>;
   using Many = TileContraction;
+  using SideBySide = TileContraction;
 };
 
 }  // namespace

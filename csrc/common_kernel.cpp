@@ -1,6 +1,7 @@
 // What does not depend on an instruction set: memory, and the choice of the set.
 #include <cstdlib>
 #include <new>
+#include <vector>
 
 #include "kernels.h"
 
@@ -13,45 +14,50 @@ namespace u2a {
 
 namespace {
 
-// Released buffers of one thread. Fresh memory from the system costs a page fault every 4 KiB, which for the panels of
-// one call is as much time as a tenth of their product.
+// Released buffers of one thread, the last released last. Fresh memory from the system costs a page fault every 4 KiB,
+// which for the panels of one call can be as much time as their product.
 class Released {
  public:
   ~Released() {
-    for (Block& block : blocks_) std::free(block.data);
+    while (!blocks_.empty()) forget(blocks_.begin());
   }
 
-  // The smallest block that holds `bytes`, or nothing.
+  // The smallest block that holds `bytes` and not many more, or nothing.
   void* take(size_t* bytes) {
-    Block* best = nullptr;
-    for (Block& block : blocks_)
-      if (block.bytes >= *bytes && (!best || block.bytes < best->bytes)) best = &block;
-    if (!best) return nullptr;
-    const Block taken = *best;
-    *best = Block();
-    kept_ -= taken.bytes;
-    *bytes = taken.bytes;
-    return taken.data;
+    auto best = blocks_.end();
+    for (auto block = blocks_.begin(); block != blocks_.end(); ++block)
+      if (block->bytes >= *bytes && block->bytes / kSlack <= *bytes &&
+          (best == blocks_.end() || block->bytes < best->bytes))
+        best = block;
+    if (best == blocks_.end()) return nullptr;
+    void* const data = best->data;
+    *bytes = best->bytes;
+    kept_ -= best->bytes;
+    blocks_.erase(best);
+    return data;
   }
 
-  // Keeps the block, or gives it back to the system where the thread holds enough.
+  // Keeps the block and gives those back to the system that were not used for longest, as far as it takes.
   void put(void* data, size_t bytes) {
-    for (Block& block : blocks_) {
-      if (block.data || kept_ + bytes > kMostBytes) continue;
-      block = {data, bytes};
-      kept_ += bytes;
-      return;
-    }
-    std::free(data);
+    if (bytes < kLeastBytes || bytes > kMostBytes) return std::free(data);
+    while (kept_ + bytes > kMostBytes) forget(blocks_.begin());
+    blocks_.push_back({data, bytes});
+    kept_ += bytes;
   }
 
  private:
-  static constexpr size_t kMostBytes = 24 << 20;
+  // The C library keeps smaller ones itself.
+  static constexpr size_t kLeastBytes = 64 << 10, kMostBytes = 64 << 20, kSlack = 4;
   struct Block {
-    void* data = nullptr;
-    size_t bytes = 0;
+    void* data;
+    size_t bytes;
   };
-  Block blocks_[8];
+  void forget(std::vector<Block>::iterator block) {
+    std::free(block->data);
+    kept_ -= block->bytes;
+    blocks_.erase(block);
+  }
+  std::vector<Block> blocks_;
   size_t kept_ = 0;
 };
 

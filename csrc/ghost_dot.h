@@ -27,6 +27,7 @@ inline double segment_sum(const double* rows, int64_t begin, int64_t end) {
 }
 
 // Each example takes the form that is cheaper for it alone, so that its bits do not depend on what it is batched with.
+// Directions that lie side by side have no rows to multiply by.
 template <class E, class T>
 void ghost_dot_with(const GhostDot& op, const Parallel& parallel) {
   using S = typename E::Accumulate;
@@ -37,7 +38,7 @@ void ghost_dot_with(const GhostDot& op, const Parallel& parallel) {
   int64_t count = 0;
   for (int64_t i = 0; i < op.b; ++i) {
     const int64_t begin = op.cu_seqlens[i], end = op.cu_seqlens[i + 1];
-    if (tile_form_is_cheaper<E>(end - begin, op.k)) {
+    if (op.v.stride.column != 1 || tile_form_is_cheaper<E>(end - begin, op.k)) {
       tiled.as<int32_t>()[count++] = static_cast<int32_t>(i);
     } else {
       for (int64_t panel = begin / E::MR; panel < ceil_div(end, E::MR); ++panel) wanted.as<bool>()[panel] = true;

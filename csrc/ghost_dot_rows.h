@@ -116,7 +116,7 @@ class TokenDots {
         blocking_(op.o, op.i),
         a_(view<T>(op.a)),
         g_(view<T>(op.g)),
-        v_(view<T>(op.v)),
+        v_{static_cast<const T*>(op.v.data), op.v.stride.row, 1},
         wanted_(wanted),
         rows_(rows) {}
 

@@ -3,6 +3,7 @@
 //
 // Directions are reused from the level-2 cache by every example of a group, and examples from registers by every
 // direction: the contraction of a few tiles with a few directions is itself a small matrix product over tile entries.
+// How directions lie decides which operand's vectors it multiplies: entries of a direction, or directions of an entry.
 #pragma once
 
 #include "engine.h"
@@ -16,6 +17,15 @@ template <class E>
 bool tile_form_is_cheaper(int64_t tokens, int64_t directions) {
   return round_up(tokens, E::kDepth) * 4 / 3 + directions * E::kDirectionTokens < directions * tokens;
 }
+
+// Some directions of a stack: the entries of `count` rows and `columns` columns of each.
+template <class T>
+struct DirectionBlock {
+  const T* data;
+  Strides stride;
+  int64_t some, count, columns;
+  const T* at(int64_t j, int64_t r) const { return data + j * stride.direction + r * stride.row; }
+};
 
 // Contracts tiles of a few examples' gradients with tiles of a few directions, on the vector units: directions by
 // examples, kAtOnce by kExamples sums stay in registers.
@@ -36,21 +46,19 @@ class VectorContraction {
     std::memset(tiles_.as<S>(), 0, kExamples * kArea * sizeof(S));
   }
 
-  // Takes `count` rows and `columns` columns of `some` directions, whose rows lie one after the other from v on and
-  // whose own beginnings lie `apart` rows apart.
-  void load_directions(View<T> v, int64_t apart, int64_t some, int64_t count, int64_t columns) {
-    some_ = some;
+  void load_directions(const DirectionBlock<T>& v) {
+    some_ = v.some;
     S* tiles = directions_.as<S>();
-    for (int64_t r = 0; r < round_up(count, E::MR); ++r) {
-      for (int64_t j = 0; j < some; ++j) {
-        S* to = tiles + (r / E::MR * some + j) * kArea + r % E::MR * E::NR;
-        const T* from = v.data + (j * apart + r) * v.row;
+    for (int64_t r = 0; r < round_up(v.count, E::MR); ++r) {
+      for (int64_t j = 0; j < v.some; ++j) {
+        S* to = tiles + (r / E::MR * v.some + j) * kArea + r % E::MR * E::NR;
+        const T* from = v.at(j, r);
         int64_t c = 0;
-        if (r < count) {
+        if (r < v.count) {
           // The next panel's turn comes when this one is contracted.
           for (int64_t x = 0; x < E::NR; x += 64 / sizeof(T)) __builtin_prefetch(from + E::NR + x, 0, 2);
-          for (; c + W <= columns; c += W) store(to + c, load(from + c));
-          for (; c < columns; ++c) to[c] = scalar(from[c]);
+          for (; c + W <= v.columns; c += W) store(to + c, load(from + c));
+          for (; c < v.columns; ++c) to[c] = scalar(from[c]);
         }
         for (; c < E::NR; ++c) to[c] = 0;
       }
@@ -100,12 +108,98 @@ class VectorContraction {
   Buffer directions_, sums_, tiles_;  // directions: (row panel, direction, tile)
 };
 
-// What contracts fewer than kMany directions, and what more.
+// The same for at least kLeastSideBySide directions that lie side by side, entry by entry: a vector of directions by
+// kExamples sums. Directions are read where they are, in the order they lie in.
+template <class E, class T>
+class SideBySideContraction {
+  using S = typename E::Accumulate;
+  static constexpr int64_t kArea = E::MR * E::NR, W = kLanes<S>;
+  static_assert(W <= kLeastSideBySide);
+
+ public:
+  static constexpr int64_t kExamples = U2A_VECTOR_BYTES == 64 ? 16 : 8;
+  static constexpr int64_t kDirectionBytes = 0, kColumnPanels = 1;  // nothing is packed
+
+  SideBySideContraction(int64_t directions, int64_t)
+      : sums_(ceil_div(directions, W) * kExamples * W * sizeof(double)), tiles_(kExamples * kArea * sizeof(S)) {
+    std::memset(tiles_.as<S>(), 0, kExamples * kArea * sizeof(S));
+  }
+
+  void load_directions(const DirectionBlock<T>& v) {
+    v_ = v;
+    ask_for(1);
+  }
+  void start() { std::memset(sums_.as<double>(), 0, ceil_div(v_.some, W) * kExamples * W * sizeof(double)); }
+
+  // While tiles are being made, the level-2 cache is asked for the directions of the next.
+  S* tile(int64_t x) { return tiles_.as<S>() + x * kArea; }
+  void take(int64_t x, int64_t share) {
+    if (share > 0) return;
+    int64_t line = lines_ * x / kExamples;
+    const int64_t end = lines_ * (x + 1) / kExamples;
+    for (int64_t r = line / row_lines_; line < end; ++r) {
+      const T* from = next_ + r * v_.stride.row + line % row_lines_ * kLine;
+      for (; line < smaller(end, (r + 1) * row_lines_); ++line, from += kLine) __builtin_prefetch(from, 0, 2);
+    }
+  }
+
+  void add_panel(int64_t, int64_t q) {
+    const int64_t rows = smaller<int64_t>(E::MR, v_.count - q * E::MR);
+    for (int64_t b = 0; b < ceil_div(v_.some, W); ++b)
+      contract(v_.at(first_of(b), q * E::MR), rows, sums_.as<double>() + b * kExamples * W);
+    ask_for(q + 2);
+  }
+
+  double sum(int64_t j, int64_t x) const {
+    const int64_t b = j / W;
+    return sums_.as<double>()[(b * kExamples + x) * W + j - first_of(b)];
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(T);
+  // The tiles of row panel q; behind the last, of the first in the next column panel, if there is one.
+  void ask_for(int64_t q) {
+    const bool here = q * E::MR < v_.count;
+    next_ = v_.at(0, here ? q * E::MR : 0) + (here ? 0 : E::NR * v_.stride.column);
+    row_lines_ = ceil_div(v_.columns * v_.some, kLine);
+    lines_ = row_lines_ * smaller<int64_t>(E::MR, here ? v_.count - q * E::MR : v_.count);
+  }
+  // A last block that is not whole shares directions with the one before it.
+  int64_t first_of(int64_t b) const { return smaller(b * W, v_.some - W); }
+
+  // sums[x] += tile x times W directions; entries are added in S, tiles in double.
+  void contract(const T* directions, int64_t rows, double* sums) const {
+    const int64_t row = v_.stride.row, entry = v_.stride.column, columns = v_.columns;
+    Vec<S> sum[kExamples] = {};
+    const S* tile = tiles_.as<S>();
+    for (int64_t r = 0; r < rows; ++r, directions += row, tile += E::NR) {
+      const T* v = directions;
+      for (int64_t c = 0; c < columns; ++c, v += entry) {
+        const Vec<S> some = load(v);
+#pragma GCC unroll 16
+        for (int x = 0; x < kExamples; ++x) sum[x] += some * splat(tile[x * kArea + c]);
+      }
+    }
+    alignas(64) S lanes[W];
+    for (int x = 0; x < kExamples; ++x, sums += W) {
+      store(lanes, sum[x]);
+      for (int64_t i = 0; i < W; ++i) sums[i] += lanes[i];
+    }
+  }
+
+  DirectionBlock<T> v_{};
+  const T* next_ = nullptr;  // what is asked for, in lines
+  int64_t row_lines_ = 1, lines_ = 0;
+  Buffer sums_, tiles_;  // sums: (block, example, W)
+};
+
+// What contracts directions that lie one after the other, fewer than kMany of them and more, and what others.
 template <class E, class T>
 struct Contractions {
   static constexpr int64_t kMany = 1;
   using Few = VectorContraction<E, T>;
   using Many = VectorContraction<E, T>;
+  using SideBySide = SideBySideContraction<E, T>;
 };
 
 template <class E, class T, class Contraction>
@@ -113,17 +207,12 @@ class TileDots {
   using S = typename E::Accumulate;
   static constexpr int64_t kExamples = Contraction::kExamples, kColumnPanels = Contraction::kColumnPanels;
   // What a thread takes of its level-2 cache: row panels of G at a time, their tiles of directions, their rows of g.
-  static constexpr int64_t kRowPanels = 128 / E::MR, kDirectionBytes = 512 << 10, kGradientBytes = 1280 << 10;
+  static constexpr int64_t kRowPanels = 96 / E::MR, kDirectionBytes = 512 << 10, kGradientBytes = 1280 << 10;
 
  public:
   // Contracts the examples listed in `chosen`; sums (K x B) receives their results and is added to.
   TileDots(const GhostDot& op, const Parallel& parallel, const int32_t* chosen, int64_t count, double* sums)
-      : op_(op),
-        parallel_(parallel),
-        chosen_(chosen),
-        count_(count),
-        sums_(sums),
-        together_(smaller(op.k, kDirectionBytes / (kRowPanels * kColumnPanels * Contraction::kDirectionBytes))) {}
+      : op_(op), parallel_(parallel), chosen_(chosen), count_(count), sums_(sums), together_(most_directions(op.k)) {}
 
   void run() {
     for (int64_t first = 0, end; first < count_; first = end) {
@@ -135,6 +224,12 @@ class TileDots {
   }
 
  private:
+  static int64_t most_directions(int64_t k) {
+    if constexpr (Contraction::kDirectionBytes == 0)
+      return k;
+    else
+      return smaller(k, kDirectionBytes / (kRowPanels * kColumnPanels * Contraction::kDirectionBytes));
+  }
   int64_t begin(int64_t e) const { return op_.cu_seqlens[chosen_[e]]; }
   int64_t tokens(int64_t e) const { return op_.cu_seqlens[chosen_[e] + 1] - begin(e); }
 
@@ -195,14 +290,14 @@ class TileDots {
       for (int64_t p = 0; p < g.panels; ++p)
         E::pack_a(View<T>{source.from_row(begin(first + e)).data + o + p * E::MR, 1, source.row}, count - p * E::MR,
                   tokens(first + e), g.at(e, p, tokens(first + e)));
-    const View<T> v = view<T>(op_.v);
+    const Strides& by = op_.v.stride;
+    const T* v = static_cast<const T*>(op_.v.data) + o * by.row;
     Contraction contraction(together_, g.panels);
     for (int64_t k = 0; k < op_.k; k += together_) {
       const int64_t some = smaller(together_, op_.k - k);
       for (int64_t p = 0; p < a.panels; p += kColumnPanels) {
-        const View<T> from = v.from_row(k * op_.o + o);
-        contraction.load_directions({from.data + p * E::NR, from.row, 1}, op_.o, some, count,
-                                    smaller<int64_t>(kColumnPanels * E::NR, op_.i - p * E::NR));
+        contraction.load_directions({v + k * by.direction + p * E::NR * by.column, by, some, count,
+                                     smaller<int64_t>(kColumnPanels * E::NR, op_.i - p * E::NR)});
         for (int64_t c = p; c < smaller(p + kColumnPanels, a.panels); ++c)
           add_column(first, end, a, c, g, count, some, part + k * examples, contraction);
       }
@@ -262,7 +357,9 @@ class TileDots {
 template <class E, class T>
 void add_tile_dots(const GhostDot& op, const Parallel& parallel, const int32_t* chosen, int64_t count, double* sums) {
   using With = Contractions<E, T>;
-  if (op.k < With::kMany)
+  if (op.v.stride.column != 1)
+    TileDots<E, T, typename With::SideBySide>(op, parallel, chosen, count, sums).run();
+  else if (op.k < With::kMany)
     TileDots<E, T, typename With::Few>(op, parallel, chosen, count, sums).run();
   else
     TileDots<E, T, typename With::Many>(op, parallel, chosen, count, sums).run();

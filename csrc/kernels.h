@@ -23,11 +23,23 @@ struct Matrix {
   int64_t stride;
 };
 
+// Where the next direction, row and column of K x O x I directions lie.
+struct Strides {
+  int64_t direction, row, column;
+};
+
+// As many directions may lie side by side: stride.direction is 1. Else stride.column is 1 and a direction is O rows.
+constexpr int64_t kLeastSideBySide = 16;
+struct Directions {
+  const void* data;
+  Strides stride;
+};
+
 struct GhostDot {
   DType dtype;
   Matrix a, g;                // N x I, N x O
   const int32_t* cu_seqlens;  // B + 1
-  Matrix v;                   // K x O rows of I
+  Directions v;               // K x O x I
   int64_t n, b, k, i, o;
   void* out;  // K x B
 };

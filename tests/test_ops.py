@@ -128,6 +128,37 @@ def test_an_example_does_not_see_its_neighbors(op: str, dtype: torch.dtype) -> N
 
 
 @needs_extension
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("k", [15, 16, 21, 50])  # below the least; whole and part vectors
+def test_directions_may_lie_side_by_side(k: int, dtype: torch.dtype) -> None:
+    lengths = (5, 40, 1, 17, 0, 97, *[3] * 30)  # more examples than are contracted at once
+    case = Case("ghost_dot", {"N": sum(lengths), "B": len(lengths), "I": 140, "O": 205, "K": k}, dtype, lengths)
+    arguments = testing.inputs(case)
+    v = arguments["v"].permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    assert v.stride(0) == 1
+    beside = arguments | {"v": v}
+    for count in (1, 3):
+        with threads(count):
+            together = ops.ghost_dot(**beside)
+            assert testing.violations(case, beside, (together,)) == []
+            assert torch.equal(ops.ghost_dot(**beside), together)
+    begin, end = sum(lengths[:5]), sum(lengths[:6])
+    own = {"a": beside["a"][begin:end], "g": beside["g"][begin:end], "cu_seqlens": offsets(0, end - begin)}
+    assert torch.equal(ops.ghost_dot(**beside | own)[:, 0], together[:, 5])
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_infinity_side_by_side_stays_in_its_direction(dtype: torch.dtype) -> None:
+    v = torch.ones(16, 70, 70, dtype=dtype)
+    v[3, 69, 69] = torch.inf
+    a, g = torch.ones(80, 70, dtype=dtype), torch.ones(80, 70, dtype=dtype)
+    out = ops.ghost_dot(a, g, offsets(0, 80), v.permute(1, 2, 0).contiguous().permute(2, 0, 1))
+    assert not out[3].isfinite()
+    assert (out[torch.arange(16) != 3] == 80 * 70 * 70).all()
+
+
+@needs_extension
 def test_projections_of_many_tokens_have_the_same_bits_for_any_number_of_threads() -> None:
     lengths = (700, 0, 2300)
     case = Case("grad_project", {"N": 3000, "B": 3, "I": 20, "O": 30, "P": 64, "Q": 70}, torch.float32, lengths)

@@ -23,6 +23,7 @@ from u2a_fast.models.low_rank import LowRankHead
 from u2a_fast.models.norms import short_rms_norms
 from u2a_fast.models.parameters import evaluation_mode, parameter_names
 from u2a_fast.models.rotary import short_rotaries
+from u2a_fast.models.stacks import stack
 from u2a_fast.models.tiled_head import TiledHead, tiled_head_is_cheaper
 
 __all__ = ["Approximate", "DerivativeBatch", "DerivativePass", "Direction", "cast_parameters", "stack_directions"]
@@ -76,7 +77,7 @@ def stack_directions(model: nn.Module, directions: Sequence[Direction]) -> dict[
             if v is not None and v.shape != p.shape:
                 raise ValueError(f"[direction] expected {name} of shape {tuple(p.shape)}, got {tuple(v.shape)}")
             rows.append(torch.zeros_like(p, dtype=dtype) if v is None else v.detach().to(p.device, dtype))
-        stacked[name] = torch.stack(rows)
+        stacked[name] = stack(rows)
     return stacked
 
 

@@ -12,6 +12,7 @@ from u2a_fast.models.decoder import segment_sum
 from u2a_fast.models.kinds import Kind
 from u2a_fast.models.low_rank import LowRank, Spectrum
 from u2a_fast.models.projection import Projection
+from u2a_fast.models.stacks import readable
 
 __all__ = ["Contraction", "Factors", "Site", "contraction"]
 
@@ -52,7 +53,9 @@ class Site:
         key = (name, dtype)
         if key not in self.cast:
             v = self.directions[name].to(dtype)
-            self.cast[key] = (v.transpose(1, 2) if self.kind is Kind.CONV1D and name == "weight" else v).contiguous()
+            weight = name == "weight" and self.kind in (Kind.LINEAR, Kind.CONV1D)
+            v = v.transpose(1, 2) if weight and self.kind is Kind.CONV1D else v
+            self.cast[key] = readable(v) if weight else v.contiguous()
         return self.cast[key]
 
     def factors_in(self, dtype: torch.dtype) -> Factors | None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from u2a_fast import ops
 from u2a_fast.models.decoder import Head
+from u2a_fast.models.stacks import readable
 
 __all__ = ["TiledHead", "tiled_head_is_cheaper"]
 
@@ -46,10 +47,10 @@ class TiledHead:
         self._room: Tensor | None = None
 
     def _directions(self, dtype: torch.dtype, blocks: Sequence[slice]) -> list[Tensor]:
-        """The directions of every block's weight, each contiguous; made once."""
+        """The directions of every block's weight as ``ghost_dot`` reads them; made once."""
         if dtype not in self._by_block:
             parts = [self.dweight[:, columns] for columns in blocks] if self.dweight is not None else []
-            self._by_block[dtype] = [part.to(dtype).contiguous() for part in parts]
+            self._by_block[dtype] = [readable(part.to(dtype)) for part in parts]
         return self._by_block[dtype]
 
     def propagate(
