@@ -21,6 +21,8 @@ from typer.testing import CliRunner
 from u2a_fast import DPO, GradientIndex, InfluenceScorer
 from u2a_fast.cli import app
 from u2a_fast.data import read_negatives, read_preferences
+from u2a_fast.influence import modes
+from u2a_fast.influence.ranks import RankPlan
 from u2a_fast.models.loading import load_model
 from u2a_fast.store import lock_folder, read_scores, read_selection
 
@@ -210,11 +212,37 @@ def test_explain_prints_and_writes_nothing(files, tmp_path):
         (("--mode", "lowrank", "--curvature", "fisher"), ["low rank"]),
         (("--mode", "shortlist", "--rank", 2), ["low rank", "exact"]),
         (("--mode", "layers"), ["some layers"]),
-        (("--top-k", 3), ["exact"]),
+        (("--top-k", 3), ["bounded low rank", "exact"]),
+        (("--top-k", 3, "--rank", 2), ["bounded low rank", "exact"]),
     ]:
         found = json.loads(run(*scoring(files, tmp_path / "out", "--explain", "--json", *more)).stdout)["passes"]
         assert [p["pass"] for p in found] == passes
         assert all(p["route"] and p["reason"] and "model.layers.0.mlp.up_proj" in p["modules"] for p in found)
+    assert not (tmp_path / "out").exists()
+
+
+def test_explain_shows_the_ranks_that_a_top_k_would_take(files, tmp_path, monkeypatch):
+    explaining = scoring(files, tmp_path / "out", "--top-k", 3, "--explain")
+    shown = json.loads(run(*explaining, "--json").stdout)["passes"][0]
+    assert 2 < shown["units"] < 3 and 3 / COUNT <= shown["rescored_share"] < 1 / 3, "what the cost model asks for"
+    plan_ranks = modes.plan_ranks
+    plans = []
+
+    def planned(profiles, scores, share):
+        plans.append(plan_ranks(profiles, scores, share))
+        names = [name for name in profiles if name.endswith("up_proj.weight")]
+        return RankPlan({name: 3 + i for i, name in enumerate(names)}, 2.5, 0.25)
+
+    monkeypatch.setattr(modes, "plan_ranks", planned)
+    text = run(*explaining).stdout
+    assert (plans[0].units, plans[0].rescored) == (shown["units"], shown["rescored_share"])
+    assert "reason: ranks planned by cost on 64 negatives\n" in text
+    assert "units: 2.5\nrescored share: 0.25\n" in text
+    assert "   2 x model.layers.*.mlp.up_proj: ghost_dot_lowrank, rank 3 to 4\n" in text
+    assert "   2 x model.layers.*.mlp.down_proj: ghost_dot\n" in text
+    monkeypatch.setattr(modes, "plan_ranks", lambda *_: RankPlan({}, 3.5, 1.0))
+    text = run(*explaining).stdout
+    assert "bounded low rank" not in text and "note: a bounded pass before it would save nothing" in text
     assert not (tmp_path / "out").exists()
 
 

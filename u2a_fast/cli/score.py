@@ -79,7 +79,7 @@ SCORING: o.Group = {
     ),
     "window": (o.option(int, "Negatives between two checkpoints.", min=1), 2048),
     "explain": (
-        o.option(bool, "Print the route, why, and what it does in every module; score and write nothing.", "--explain"),
+        o.option(bool, "Print the route, why, and what it does in every module; write nothing.", "--explain"),
         False,
     ),
 }

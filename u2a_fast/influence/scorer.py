@@ -144,9 +144,14 @@ class InfluenceScorer:
         """The exact route that ``explain`` describes, and why it is taken."""
         return self._exact_pass()[1]
 
-    def explain_lowrank(self) -> tuple[dict[str, str], float]:
-        """What the pass of rank ``rank`` does in every module that holds a selected parameter, and its energy."""
-        passes = self._reverse_pass(partial(truncate, ranks=self.rank))
+    def explain_lowrank(
+        self, ranks: int | Mapping[str, int] | None = None, *, bounded: bool = False
+    ) -> tuple[dict[str, str], float]:
+        """What a truncated pass does in every module that holds a selected parameter, and its energy.
+
+        ``ranks``: of every matrix, or by parameter name; None: ``rank``. ``bounded``: as ``topk`` certifies by it.
+        """
+        passes = self._reverse_pass(partial(truncate, ranks=self.rank if ranks is None else ranks, bounded=bounded))
         return passes.explain(), passes.approximation.total_energy
 
     def score(
