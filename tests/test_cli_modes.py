@@ -1,8 +1,11 @@
 """Shortlists, certified top k, explanations and gradient indexes on the command line, and what select makes of them."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +16,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 from test_cli import error_line, run, start, wait_for, write_rows
 from tiny_files import save_tiny_model, tiny_model, tiny_tokenizer
+from typer.testing import CliRunner
 
 from u2a_fast import DPO, GradientIndex, InfluenceScorer
+from u2a_fast.cli import app
 from u2a_fast.data import read_negatives, read_preferences
+from u2a_fast.influence import modes
+from u2a_fast.influence.ranks import RankPlan
 from u2a_fast.models.loading import load_model
 from u2a_fast.store import lock_folder, read_scores, read_selection
 
@@ -205,11 +212,37 @@ def test_explain_prints_and_writes_nothing(files, tmp_path):
         (("--mode", "lowrank", "--curvature", "fisher"), ["low rank"]),
         (("--mode", "shortlist", "--rank", 2), ["low rank", "exact"]),
         (("--mode", "layers"), ["some layers"]),
-        (("--top-k", 3), ["exact"]),
+        (("--top-k", 3), ["bounded low rank", "exact"]),
+        (("--top-k", 3, "--rank", 2), ["bounded low rank", "exact"]),
     ]:
         found = json.loads(run(*scoring(files, tmp_path / "out", "--explain", "--json", *more)).stdout)["passes"]
         assert [p["pass"] for p in found] == passes
         assert all(p["route"] and p["reason"] and "model.layers.0.mlp.up_proj" in p["modules"] for p in found)
+    assert not (tmp_path / "out").exists()
+
+
+def test_explain_shows_the_ranks_that_a_top_k_would_take(files, tmp_path, monkeypatch):
+    explaining = scoring(files, tmp_path / "out", "--top-k", 3, "--explain")
+    shown = json.loads(run(*explaining, "--json").stdout)["passes"][0]
+    assert 2 < shown["units"] < 3 and 3 / COUNT <= shown["rescored_share"] < 1 / 3, "what the cost model asks for"
+    plan_ranks = modes.plan_ranks
+    plans = []
+
+    def planned(profiles, scores, share):
+        plans.append(plan_ranks(profiles, scores, share))
+        names = [name for name in profiles if name.endswith("up_proj.weight")]
+        return RankPlan({name: 3 + i for i, name in enumerate(names)}, 2.5, 0.25)
+
+    monkeypatch.setattr(modes, "plan_ranks", planned)
+    text = run(*explaining).stdout
+    assert (plans[0].units, plans[0].rescored) == (shown["units"], shown["rescored_share"])
+    assert "reason: ranks planned by cost on 64 negatives\n" in text
+    assert "units: 2.5\nrescored share: 0.25\n" in text
+    assert "   2 x model.layers.*.mlp.up_proj: ghost_dot_lowrank, rank 3 to 4\n" in text
+    assert "   2 x model.layers.*.mlp.down_proj: ghost_dot\n" in text
+    monkeypatch.setattr(modes, "plan_ranks", lambda *_: RankPlan({}, 3.5, 1.0))
+    text = run(*explaining).stdout
+    assert "bounded low rank" not in text and "note: a bounded pass before it would save nothing" in text
     assert not (tmp_path / "out").exists()
 
 
@@ -384,17 +417,86 @@ def test_an_interrupted_index_resumes_to_the_same_bytes(files, many_shards, tmp_
         assert shard.read_bytes() == (tmp_path / "out" / "gradients" / shard.name).read_bytes()
 
 
-def test_a_killed_top_k_starts_anew(files, exact, tmp_path):
-    rows = [json.loads(line) for line in (files / "negatives.jsonl").read_text().splitlines()]
-    rows = [{**row, "id": f"{row['id']}.{copy}"} for copy in range(5) for row in rows]
-    more = ("--negatives", write_rows(tmp_path / "n.jsonl", rows), "--top-k", 6)
-    process = start(scoring(files, tmp_path / "out", *more))
-    wait_for(tmp_path / "out" / "run.yaml", process)
-    process.kill()
-    process.communicate(timeout=60)
-    assert not (tmp_path / "out" / "scores.parquet").exists()
-    run(*scoring(files, tmp_path / "out", "--top-k", 6))
-    assert read_scores(tmp_path / "out")["id"].tolist() == best_of(exact, 6)
+RANKING = {
+    "shortlist": ["--mode", "shortlist", "--rank", 2, "--fraction", 0.05, "--curvature", "fisher", "--signal-check"],
+    "top k": ["--top-k", 6, "--rank", 2],
+    "planned top k": ["--top-k", 6],
+    "index": [],
+}
+FALLS = """
+import os, sys
+from u2a_fast.store import files, journal
+
+write, (file, number) = journal.write_atomically, sys.argv[1:3]
+def fall(path, fill):
+    if path.name == file:
+        path.with_name(f".{path.name}.tmp").write_bytes(b"half")
+        os.kill(os.getpid(), int(number))
+    write(path, fill)
+journal.write_atomically = fall
+del sys.argv[1:3]
+from u2a_fast.cli import app
+app()
+"""  # interrupts itself while it writes one file
+
+
+def ranking(files: Path, index: Path, out: Path, kind: str) -> list[str]:
+    command = asking(files, index, out) if kind == "index" else scoring(files, out)
+    return [*command, *(str(a) for a in RANKING[kind]), "--window", "16", "--token-budget", "256"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "how", "rows"),
+    [
+        ("shortlist", "low-rank-pass-000002.parquet", signal.SIGINT, 32),
+        ("shortlist", "rescoring-000003.parquet", signal.SIGKILL, COUNT + 48),
+        ("top k", "low-rank-pass-000008.parquet", signal.SIGKILL, 128),
+        ("top k", "rescoring-000001.parquet", signal.SIGKILL, COUNT + 16),
+        ("planned top k", "sample-000001.parquet", signal.SIGKILL, 16),
+        ("index", "rescoring-000004.parquet", signal.SIGINT, 64),
+        ("index", "rescoring-000005.parquet", signal.SIGKILL, 80),
+    ],
+)
+def test_an_interrupted_ranking_resumes_to_the_same_bytes(files, index, tmp_path, kind, file, how, rows):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    first = json.loads(run(*ranking(files, index, whole, kind), "--json").stdout)
+    assert first["resumed_rows"] == 0 and not (whole / "parts").exists()
+    arguments = ranking(files, index, out, kind)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", FALLS, file, str(int(how)), *arguments]
+    ended = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert ended.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL), ended.stderr
+    if how == signal.SIGINT:
+        assert "interrupted: run the same command again (without --overwrite)" in ended.stderr
+    assert not (out / "scores.parquet").exists() and not (out / "parts" / file).exists()
+    refused = error_line(run(*arguments, "--loss", "npo", code=2))
+    assert "made with other settings (options.loss: 'ga' then, 'npo' now)" in refused
+    assert "(options.window: 16 then, 33 now; window: 16 then, 33 now)" in error_line(
+        run(*arguments, "--window", 33, code=2)
+    )
+    resumed = json.loads(run(*arguments, "--json").stdout)
+    assert resumed["resumed_rows"] == rows
+    assert {**resumed, "scores": "", "resumed_rows": 0} == {**first, "scores": ""}
+    assert (out / "scores.parquet").read_bytes() == (whole / "scores.parquet").read_bytes()
+    assert not (out / "parts").exists()
+
+
+def test_overwrite_starts_an_interrupted_ranking_anew(files, index, tmp_path, monkeypatch):
+    for kind in ("top k", "index"):
+        out = tmp_path / kind
+        arguments = ranking(files, index, out, kind)
+        with monkeypatch.context() as patched:
+            patched.setattr(sys.modules["u2a_fast.cli.score"], "write_scores", lambda *_, **__: 1 / 0)
+            assert CliRunner().invoke(app, arguments).exception
+        assert list((out / "parts").glob("rescoring-*.parquet"))
+        made = json.loads(run(*arguments, "--seed", 1, "--overwrite", "--json").stdout)
+        assert made["resumed_rows"] == 0 and not (out / "parts").exists()
 
 
 def test_two_runs_do_not_share_a_folder(files, index, tmp_path):

@@ -1,6 +1,8 @@
 """Cheaper scorer modes: what they compute, what they promise of their error, and that the promise holds."""
 
+from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +15,10 @@ import u2a_fast
 from u2a_fast.influence import lowrank, modes
 from u2a_fast.influence.derivatives import DerivativePass
 from u2a_fast.influence.layers import choose_layers
-from u2a_fast.influence.modes import _plan
-from u2a_fast.influence.ranks import Profile, plan_ranks
+from u2a_fast.influence.ranks import Profile, RankPlan, plan_ranks
 from u2a_fast.influence.topk import best, certify, recall_of_shortlist
-from u2a_fast.store import read_scores, score_to_parquet
+from u2a_fast.store import Journal, read_scores, score_to_parquet, write_scores
+from u2a_fast.store import journal as journal_module
 
 RANK = 3
 
@@ -170,8 +172,8 @@ def test_topk_plans_its_ranks_or_scores_all() -> None:
     found = scorer("gpt2").topk(rows, 3)
     exact = scorer("gpt2").score(rows)
     assert found.id.tolist() == exact.id[best(exact.score, 3)].tolist()
-    plan = _plan(scorer("gpt2")._run(rows, None), 3)
-    assert (found.report.rescored == 300) == (plan.units >= 3)
+    plan = scorer("gpt2").plan_topk(rows, 3)
+    assert (found.report.rescored < 300) == plan.pays == (plan.units < 3)
     assert scorer("gpt2").topk(rows[:20], 3).report.note  # too few to plan for
 
 
@@ -286,6 +288,133 @@ def test_resuming_gives_the_same_bytes(mode: str, tmp_path) -> None:
     assert not read_scores(tmp_path / "broken")["exact"].any() and resumed.report.mode == mode
 
 
+class Interruption(Exception):
+    pass
+
+
+WINDOW = 24
+RANKINGS = {
+    "shortlist": ["low-rank pass", "rescoring"],
+    "top k": ["low-rank pass", "rescoring"],
+    "planned top k": ["sample", "profiles", "low-rank pass", "rescoring"],
+    "exact top k": ["sample", "profiles", "exact pass"],
+    "16 bits": ["low-rank pass", "rescoring", "float32 sample"],
+}
+
+
+class Ranking:
+    """Runs that rank 300 negatives, what they ran, and where they are to stop."""
+
+    def __init__(self, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.how, self.batches, self.most, self.told, self.stop = how, 0, 0, [], None
+        run_batches, profiles = modes.run_batches, modes._profiles
+
+        def counted(*arguments):
+            for i, found in enumerate(run_batches(*arguments)):
+                self.batches, self.most = self.batches + 1, max(self.most, i + 1)
+                yield found
+
+        def profiled(*arguments):
+            self.tell("profiles", 1, 1)
+            return profiles(*arguments)
+
+        def planned(found, scores, share):
+            uneven = {name: 2 + i % 2 for i, name in enumerate(found)}
+            return RankPlan(uneven, 3.5 if how == "exact top k" else 2.5, 0.1)
+
+        monkeypatch.setattr(modes, "run_batches", counted)
+        monkeypatch.setattr(modes, "_profiles", profiled)
+        monkeypatch.setattr(modes, "plan_ranks", planned)
+        monkeypatch.setattr(modes, "FLOAT32_SHARE", 4)  # a sample of more than one window
+
+    def tell(self, stage: str, done: int, total: int) -> None:
+        self.told.append((stage, done, total))
+        if (stage, sum(stage == told for told, *_ in self.told)) == self.stop:
+            raise Interruption
+
+    def __call__(self, out: Path, stop: tuple[str, int] | None = None) -> tuple[bytes, object, int]:
+        """The bytes of the scores, their report, how many rows were read; stops at an event of a stage."""
+        self.batches, self.told, self.stop = 0, [], stop
+        journal = Journal(out, {"how": self.how}, window=WINDOW)
+        options = {"on_progress": self.tell, "journal": journal}
+        if self.how in ("shortlist", "16 bits"):
+            dtype = torch.bfloat16 if self.how == "16 bits" else None
+            listing = scorer("gpt2", mode="shortlist", rank=RANK, token_budget=100, dtype=dtype)
+            scores = listing.score(negatives(300), **options)
+        else:
+            rank = RANK if self.how == "top k" else None
+            scores = scorer("gpt2", token_budget=100).topk(negatives(300), 20, rank=rank, **options)
+        out.mkdir(exist_ok=True)
+        summary = write_scores(out / "scores.parquet", scores, resumed_rows=journal.resumed_rows)
+        journal.remove()
+        return summary.path.read_bytes(), scores.report, summary.resumed_rows
+
+
+@pytest.mark.parametrize("how", RANKINGS)
+def test_a_ranking_resumes_in_every_stage_to_the_same_bytes(
+    how: str, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranking = Ranking(how, monkeypatch)
+    whole = ranking(tmp_path / "whole")
+    all_batches, events = ranking.batches, Counter(stage for stage, *_ in ranking.told)
+    assert list(events) == RANKINGS[how] and whole[2] == 0
+    assert 2 <= ranking.most < all_batches / 5
+    for stage, count in events.items():
+        out = tmp_path / stage
+        with pytest.raises(Interruption):
+            ranking(out, (stage, count // 2 + 1))
+        before = ranking.batches
+        kept = len(list((out / "parts").glob(f"{stage.replace(' ', '-')}-*.parquet")))
+        *found, read = ranking(out)
+        assert tuple(found) == whole[:2] and read > 0, stage
+        extra = before + ranking.batches - all_batches
+        assert 0 <= extra <= ranking.most, f"{stage}: one window at most runs twice"
+        if kept:
+            first = next(told for told in ranking.told if told[0] == stage)
+            assert first[1] == WINDOW, f"{stage}: windows that are there move the bar"
+        assert not (out / "parts").exists()
+
+
+def test_a_kept_plan_is_not_made_again(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of one pass need the same ranks, and the plan costs more than its sample's scores."""
+    ranking = Ranking("planned top k", monkeypatch)
+    whole = ranking(tmp_path / "whole")
+    with pytest.raises(Interruption):
+        ranking(tmp_path / "out", ("low-rank pass", 20))
+    monkeypatch.setattr(modes, "plan_ranks", lambda *_: RankPlan({}, 3.5, 1.0))
+    assert ranking(tmp_path / "out")[:2] == whole[:2]
+    assert {stage for stage, *_ in ranking.told} == {"low-rank pass", "rescoring"}
+
+
+def test_a_full_disk_costs_the_window_that_was_to_be_written(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranking = Ranking("top k", monkeypatch)
+    whole = ranking(tmp_path / "whole")
+    write, written = journal_module.write_atomically, 0
+
+    def full(path: Path, fill) -> None:
+        nonlocal written
+        written += 1
+        if written == 5:
+            path.with_name(f".{path.name}.tmp").write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        write(path, fill)
+
+    monkeypatch.setattr(journal_module, "write_atomically", full)
+    with pytest.raises(OSError, match="No space left"):
+        ranking(tmp_path / "out")
+    assert ranking(tmp_path / "out") == (*whole[:2], 4 * WINDOW)
+
+
+def test_a_journal_changes_nothing_but_what_shares_a_batch(tmp_path) -> None:
+    rows = negatives(60)
+    options = {"mode": "shortlist", "rank": RANK, "batch_invariant": True}
+    plain = scorer("gpt2", **options).score(rows)
+    kept = scorer("gpt2", **options).score(rows, journal=Journal(tmp_path, window=7))
+    np.testing.assert_array_equal(kept.score, plain.score)
+    np.testing.assert_array_equal(kept.nll, plain.nll)
+    assert kept.report == plain.report
+
+
 def test_a_shortlist_is_not_scored_by_windows(tmp_path) -> None:
     with pytest.raises(ValueError, match="ranks all negatives at once"):
         score_to_parquet(scorer(mode="shortlist"), negatives(4), tmp_path)
@@ -305,10 +434,10 @@ def test_no_memory_for_float32_is_a_note(monkeypatch: pytest.MonkeyPatch) -> Non
     half = scorer(dtype=torch.bfloat16)
     evaluate = modes.Run.evaluate
 
-    def small(self: modes.Run, passes, positions=None):
+    def small(self: modes.Run, passes, positions=None, *stage):
         if passes.dtype == torch.float32:
             raise torch.OutOfMemoryError("full")
-        return evaluate(self, passes, positions)
+        return evaluate(self, passes, positions, *stage)
 
     monkeypatch.setattr(modes.Run, "evaluate", small)
     found = half.score(negatives(9))

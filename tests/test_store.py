@@ -1,6 +1,7 @@
 """The score store: an interrupted run resumes to the bytes of an uninterrupted one, whatever interrupted it."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from tiny_files import tiny_model, tiny_tokenizer
 
 from u2a_fast import DPO, InfluenceScorer, Scores
 from u2a_fast.data import read_negatives, read_preferences
-from u2a_fast.store import check_target, read_scores, score_to_parquet, write_atomically, write_text
+from u2a_fast.store import Journal, check_target, read_scores, score_to_parquet, write_atomically, write_text
 
 
 class CountingScorer:
@@ -155,3 +156,48 @@ def test_a_real_scorer_resumes_to_the_same_bits(tmp_path, curvature):
     resumed = score_to_parquet(scorer(), negatives, tmp_path / "broken", window=270)
     assert resumed.resumed_rows == 270
     assert resumed.path.read_bytes() == whole.path.read_bytes()
+
+
+def journal(out: Path, **changed) -> Journal:
+    return Journal(out, {"model": "a"} | changed, window=4)
+
+
+def columns(positions: np.ndarray) -> dict[str, np.ndarray]:
+    score = np.where(positions % 3 == 0, np.nan, np.where(positions % 3 == 1, -np.inf, -0.0))
+    return {"score": score, "tokens": positions * 2}
+
+
+def refuse() -> dict[str, np.ndarray]:
+    raise AssertionError("what is there is not computed")
+
+
+def test_a_journal_gives_back_the_bits_that_it_was_given(tmp_path):
+    at = np.array([5, 2, 9, 1])
+    first, second = journal(tmp_path), journal(tmp_path)
+    assert not (tmp_path / "parts").exists(), "nothing is guarded before there is something to lose"
+    for stage, positions in [("a pass", at), ("a pass", at[:2]), ("another", at[:0])]:
+        made = first.rows(stage, positions, partial(columns, positions))
+        read = second.rows(stage, positions, refuse)
+        assert list(made) == list(read) == ["score", "tokens"]
+        assert all(made[name].tobytes() == read[name].tobytes() for name in made)
+        assert all(made[name].dtype == read[name].dtype for name in made)
+    plan = {"units": 0.1 + 0.2, "ranks": {"w": 3}}
+    assert first.value("a plan", lambda: plan) == second.value("a plan", refuse) == plan
+    assert (first.resumed_rows, second.resumed_rows) == (0, 6)
+    second.remove()
+    assert not (tmp_path / "parts").exists()
+
+
+def test_a_journal_of_another_run_is_refused(tmp_path):
+    at = np.arange(4)
+    journal(tmp_path).rows("a pass", at, lambda: columns(at))
+    with pytest.raises(FileExistsError, match=r"made with other settings \(model: 'a' then, 'b' now\)"):
+        journal(tmp_path, model="b")
+    with pytest.raises(FileExistsError, match="window: 4 then, 5 now"):
+        Journal(tmp_path, {"model": "a"}, window=5)
+    with pytest.raises(FileExistsError, match="holds scores of other negatives: pass overwrite"):
+        journal(tmp_path).rows("a pass", at[::-1], refuse)
+    with pytest.raises(FileExistsError, match="made with other settings"):
+        score_to_parquet(CountingScorer(), rows(4), tmp_path, window=4)
+    with pytest.raises(ValueError, match="window of at least 1"):
+        Journal(tmp_path, window=0)

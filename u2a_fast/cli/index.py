@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import typer
 
 from u2a_fast.cli import inputs
 from u2a_fast.cli import options as o
-from u2a_fast.cli.score import RESULTS, SCORING, score_result, warn_of_rows
+from u2a_fast.cli.score import RESULTS, RESUME, SCORING, rank_all, score_result, scores_fingerprint, warn_of_rows
 from u2a_fast.cli.session import (
     REQUIRED,
     claim_folder,
@@ -25,10 +26,9 @@ from u2a_fast.cli.session import (
 from u2a_fast.cli.signal import check_signal
 from u2a_fast.influence.derivatives import resolve_token_budget
 from u2a_fast.influence.index import GradientIndex, check_options
-from u2a_fast.influence.scorer import InfluenceScorer, Scores
 from u2a_fast.manifest import RunRecord, read_record
 from u2a_fast.models.loading import load_model, model_files, resolve_device
-from u2a_fast.store import GradientShards, sha256_of_files, write_scores, write_text
+from u2a_fast.store import GradientShards, check_target, sha256_of_files, write_text
 
 __all__ = ["index"]
 
@@ -157,12 +157,13 @@ _SCORE: o.Group = {
         None,
     ),
     "dtype": SCORING["dtype"],
+    "window": SCORING["window"],
 }
 
 
 @verb(
     *(o.MODEL, _SCORE, o.NEGATIVES, o.OBJECTIVE, o.OUT, o.CURVATURE, o.LOSS, o.PARAMETERS, o.READING, o.SIGNAL, o.RUN),
-    resume="run the same command again; the index stays, the exact scores start anew",
+    resume=RESUME,
 )
 def score(context: typer.Context) -> None:
     """Find the best negatives by an index's estimates and score them exactly; says what that may have missed."""
@@ -177,43 +178,37 @@ def score(context: typer.Context) -> None:
     rows = inputs.read_objective_rows(p, tokenizer, settings)
     negatives = inputs.read_the_negatives(p, tokenizer, settings)
     objective = inputs.make_objective(p, rows)
-    model, tokenizer = load_model(p["model"], device=place, adapter=p["adapter"])
-    scorer = inputs.make_scorer(p, model, tokenizer, objective)
-    found = GradientIndex(model, folder)
-    examples = list(negatives)
-    found.check(examples, str(p["reduction"]))
     used = run_options(
         context,
         device=str(place),
-        token_budget=scorer.token_budget,
+        token_budget=resolve_token_budget(p["token_budget"], place),
         max_length=settings["max_length"],
         objective=inputs.objective_kind(p),
         objective_reduction=objective.reduction,
     )
     files = [*model_files(p["model"], p["adapter"]), *inputs.data_files(rows, negatives), folder / "manifest.json"]
+    fingerprint = scores_fingerprint(used, files)
+    if not p["overwrite"]:
+        check_target(out, fingerprint, window=p["window"])
+    model, tokenizer = load_model(p["model"], device=place, adapter=p["adapter"])
+    scorer = inputs.make_scorer(p, model, tokenizer, objective)
+    found = GradientIndex(model, folder)
+    examples = list(negatives)
+    found.check(examples, str(p["reduction"]))
     claim_folder(context, RESULTS)
     if p["overwrite"]:
-        remove_results(out, (*RESULTS, "signal.json"))
-    record = RunRecord.start("index score", used, out, device=str(place), hashes=sha256_of_files(files))
-    signal = check_signal(scorer, negatives, out, seed=p["seed"], resumed=False) if p["signal_check"] else None
-    summary = write_scores(out / RESULTS[0], _best(scorer, found, examples, p))
+        remove_results(out, (*RESULTS, "signal.json", "parts"))
+    record = RunRecord.start("index score", used, out, device=str(place), hashes=fingerprint["inputs"])
+    resumed = (out / "parts" / "manifest.json").exists()
+    signal = check_signal(scorer, negatives, out, seed=p["seed"], resumed=resumed) if p["signal_check"] else None
+    best = partial(scorer.topk_by_index, examples, found, p["top_k"], candidates=p["candidates"])
+    summary = rank_all(best, fingerprint, p)
     write_skipped(out, rows, negatives)
     result = score_result(summary, rows, negatives, at_once=True)
     full = result | ({"signal": signal} if signal else {})
     record.finish(full)
     warn_of_rows(summary, p["top_k"])
     show_result(full if p["json_output"] else result, as_json=p["json_output"])
-
-
-def _best(
-    scorer: InfluenceScorer, found: GradientIndex, examples: list[dict[str, Any]], p: Mapping[str, Any]
-) -> Scores:
-    with progress("rescoring") as bar:
-
-        def update(stage: str, done: int, total: int) -> None:
-            bar(done, total, stage)
-
-        return scorer.topk_by_index(examples, found, p["top_k"], candidates=p["candidates"], on_progress=update)
 
 
 def _gradients(folder: Path) -> Path:

@@ -1,10 +1,11 @@
 """``u2a-fast score``: the gain of unlearning each negative, in windows that survive interruption.
 
-A shortlist and a certified top k rank all negatives at once: they hold them in memory and are written whole.
+A shortlist and a certified top k rank all negatives at once: they hold them in memory.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,14 @@ from u2a_fast.cli.signal import check_signal
 from u2a_fast.data import Negatives, Rows
 from u2a_fast.influence.derivatives import resolve_token_budget
 from u2a_fast.influence.modes import EXACT_MODES
-from u2a_fast.influence.scorer import InfluenceScorer, ScoringReport
+from u2a_fast.influence.scorer import InfluenceScorer, Scores, ScoringReport
 from u2a_fast.manifest import RunRecord
 from u2a_fast.models.loading import load_model, model_files, resolve_device
-from u2a_fast.store import ScoreSummary, check_target, score_to_parquet, sha256_of_files, write_scores
+from u2a_fast.store import Journal, ScoreSummary, check_target, score_to_parquet, sha256_of_files, write_scores
 
 RESULTS = ("scores.parquet",)
 NOT_IN_FINGERPRINT = {"out", "signal_check"}
-
+RESUME = "run the same command again (without --overwrite) to resume at the first unfinished window"
 
 SCORING: o.Group = {
     "dtype": (o.option(o.DtypeKind, "Precision of the scoring passes."), o.DtypeKind.auto),
@@ -76,16 +77,9 @@ SCORING: o.Group = {
         o.option(bool, "Bits that do not depend on what is scored beside: one example at a time.", "--batch-invariant"),
         False,
     ),
-    "window": (
-        o.option(
-            int,
-            "Negatives between two checkpoints. shortlist and --top-k have none: interrupted, they start anew.",
-            min=1,
-        ),
-        2048,
-    ),
+    "window": (o.option(int, "Negatives between two checkpoints.", min=1), 2048),
     "explain": (
-        o.option(bool, "Print the route, why, and what it does in every module; score and write nothing.", "--explain"),
+        o.option(bool, "Print the route, why, and what it does in every module; write nothing.", "--explain"),
         False,
     ),
 }
@@ -93,8 +87,7 @@ SCORING: o.Group = {
 
 @verb(
     *(o.MODEL, o.NEGATIVES, o.OBJECTIVE, o.OUT, o.CURVATURE, o.LOSS, o.PARAMETERS, o.READING, SCORING, o.SIGNAL, o.RUN),
-    resume="run the same command again (without --overwrite) to resume at the first unfinished window (a shortlist and "
-    "a top k start their pass anew)",
+    resume=RESUME,
 )
 def score(context: typer.Context) -> None:
     """Score every negative: how much unlearning it would raise preference performance (positive: it helps)."""
@@ -117,7 +110,8 @@ def score(context: typer.Context) -> None:
         objective=inputs.objective_kind(p),
         objective_reduction=objective.reduction,
     )
-    fingerprint = _fingerprint(used, [*model_files(p["model"], p["adapter"]), *inputs.data_files(rows, negatives)])
+    files = [*model_files(p["model"], p["adapter"]), *inputs.data_files(rows, negatives)]
+    fingerprint = scores_fingerprint(used, files)
     if not p["overwrite"]:
         check_target(out, fingerprint, window=p["window"])
     model, tokenizer = load_model(p["model"], device=place, adapter=p["adapter"])
@@ -154,17 +148,20 @@ def _check_options(p: Mapping[str, Any]) -> None:
 def _score_at_once(
     scorer: InfluenceScorer, negatives: Negatives, fingerprint: Mapping[str, Any], p: Mapping[str, Any]
 ) -> ScoreSummary:
-    """A shortlist of all negatives, or the best k of them, written whole; ``fingerprint`` has no parts to guard."""
+    """A shortlist of all negatives, or the best k of them."""
+    if p["top_k"] is None:
+        return rank_all(partial(scorer.score, negatives), fingerprint, p)
+    return rank_all(partial(scorer.topk, negatives, p["top_k"], rank=p["rank"]), fingerprint, p)
+
+
+def rank_all(rank: Callable[..., Scores], fingerprint: Mapping[str, Any], p: Mapping[str, Any]) -> ScoreSummary:
+    """Write what ``rank(on_progress=, journal=)`` gives; windows that an interrupted run has finished are read."""
+    journal = Journal(p["out"], fingerprint, window=p["window"])
     with progress("scoring") as bar:
-
-        def update(stage: str, done: int, total: int) -> None:
-            bar(done, total, stage)
-
-        if p["top_k"] is None:
-            scores = scorer.score(negatives, on_progress=update)
-        else:
-            scores = scorer.topk(negatives, p["top_k"], rank=p["rank"], on_progress=update)
-    return write_scores(p["out"] / RESULTS[0], scores)
+        scores = rank(on_progress=lambda stage, done, total: bar(done, total, stage), journal=journal)
+    summary = write_scores(p["out"] / RESULTS[0], scores, resumed_rows=journal.resumed_rows)
+    journal.remove()
+    return summary
 
 
 def _score(
@@ -182,7 +179,7 @@ def _score(
         )
 
 
-def _fingerprint(used: Mapping[str, Any], files: Iterable[Path]) -> dict[str, Any]:
+def scores_fingerprint(used: Mapping[str, Any], files: Iterable[Path]) -> dict[str, Any]:
     """Everything that determines the scores, in JSON's types."""
     kept = {name: value for name, value in used.items() if name not in NOT_IN_FINGERPRINT}
     return {"version": __version__, "options": json.loads(json.dumps(kept)), "inputs": sha256_of_files(files)}

@@ -5,7 +5,7 @@ Costs in units of a forward pass (u2a_fast docs/design.md): exact 3, ``lowrank``
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,8 +31,21 @@ from u2a_fast.influence.topk import (
 from u2a_fast.models.capture import Capture
 from u2a_fast.models.parameters import parameter_names
 from u2a_fast.statistics import spearman
+from u2a_fast.store.journal import Journal
 
-__all__ = ["EXACT_MODES", "FRACTIONS", "MODES", "Progress", "Run", "check_mode", "score", "topk", "topk_by_estimate"]
+__all__ = [
+    "EXACT_MODES",
+    "FRACTIONS",
+    "MODES",
+    "PLAN_SAMPLE",
+    "Progress",
+    "Run",
+    "check_mode",
+    "plan",
+    "score",
+    "topk",
+    "topk_by_estimate",
+]
 
 Progress = Callable[[str, int, int], None]  # stage, negatives done, of how many
 
@@ -53,7 +66,7 @@ class Rows:
     score: np.ndarray
     nll: np.ndarray
     tokens: np.ndarray
-    bound: np.ndarray | None
+    bound: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,8 @@ class Run:
         memo: what later calls of the same scorer use again.
         float32: its exact pass in float32, where it scores in 16 bits.
         on_progress: called after every batch.
+        journal: keeps what is evaluated, a window of negatives at a time; batches are then planned within a window, so
+            that they do not depend on where a run was interrupted.
     """
 
     items: Sequence[Example]
@@ -79,19 +94,42 @@ class Run:
     memo: dict[Any, Any]
     float32: Callable[[], Pass] | None = None
     on_progress: Progress | None = None
+    journal: Journal | None = None
 
-    def evaluate(self, passes: Pass, positions: np.ndarray | None = None, stage: str = "exact pass") -> Rows:
-        """Rows of the negatives at ``positions``, all by default, in that order."""
+    def evaluate(
+        self, passes: Pass, positions: np.ndarray | None = None, stage: str = "exact pass", *, before: int = 0
+    ) -> Rows:
+        """Rows of the negatives at ``positions``, all by default, in that order.
+
+        ``before``: how many the stage has seen, for its progress.
+        """
         positions = np.arange(len(self.items)) if positions is None else positions
-        n, done = len(positions), 0
+        tell = partial(self._tell, stage, before + len(positions))
+        if self.journal is None:
+            return Rows(**self._columns(passes, positions, before, tell))
+        windows = []
+        for at in range(0, max(len(positions), 1), self.journal.window):
+            some = positions[at : at + self.journal.window]
+            windows.append(self.journal.rows(stage, some, partial(self._columns, passes, some, before + at, tell)))
+            tell(before + at + len(some))
+        return Rows(**{name: np.concatenate([window[name] for window in windows]) for name in windows[0]})
+
+    def _tell(self, stage: str, total: int, done: int) -> None:
+        if self.on_progress:
+            self.on_progress(stage, done, total)
+
+    def _columns(
+        self, passes: Pass, positions: np.ndarray, done: int, tell: Callable[[int], None]
+    ) -> dict[str, np.ndarray]:
+        """The columns of ``Rows``, by name; ``tell`` hears of every batch, counted from ``done``."""
+        n = len(positions)
         found = []
         with passes.running():
             for at, out in run_batches(passes, [self.items[int(i)] for i in positions], self.token_budget):
                 # Results stay where they are until all are there: waiting for each would leave a GPU idle in between.
                 found.append((at, out.derivatives[0], out.nll, out.tokens, out.bound))
                 done += len(at)
-                if self.on_progress:
-                    self.on_progress(stage, done, n)
+                tell(done)
         derivative, nll, bound = torch.empty(3, n, dtype=torch.float64)
         tokens = torch.empty(n, dtype=torch.int64)
         bounded = False
@@ -102,12 +140,13 @@ class Run:
                 bounded = True
                 bound[at] = limit[0].cpu()
         slope = self.slope(nll, positions)
-        limits = (slope.abs() * bound).numpy() if bounded else None
-        return Rows((slope * derivative).numpy(), nll.numpy(), tokens.numpy(), limits)
+        made = {"score": slope * derivative, "nll": nll, "tokens": tokens}
+        made |= {"bound": slope.abs() * bound} if bounded else {}
+        return {name: column.numpy() for name, column in made.items()}
 
-    def rescore(self, rows: Rows, positions: np.ndarray) -> np.ndarray:
+    def rescore(self, rows: Rows, positions: np.ndarray, *, before: int = 0) -> np.ndarray:
         """Exact scores at ``positions``, written into ``rows`` too."""
-        rows.score[positions] = self.evaluate(self.exact()[0], positions, "rescoring").score
+        rows.score[positions] = self.evaluate(self.exact()[0], positions, "rescoring", before=before).score
         return rows.score[positions]
 
     def scores(self, rows: Rows, exact: np.ndarray, report: ScoringReport, order: np.ndarray | None = None) -> Scores:
@@ -160,7 +199,7 @@ def _against_float32(run: Run, scores: np.ndarray) -> dict[str, Any]:
         size = min(n, max(LEAST_RANKED, min(PLAN_SAMPLE, n // FLOAT32_SHARE)))
         sample = np.sort(np.random.default_rng(0).choice(n, size, replace=False))
         try:
-            wide = run.evaluate(run.float32(), sample).score
+            wide = run.evaluate(run.float32(), sample, "float32 sample").score
             run.memo["float32"] = {"float32_spearman": spearman(scores[sample], wide)}
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -224,25 +263,29 @@ def _layers(run: Run, fraction: float) -> Scores:
 def topk(run: Run, k: int, *, rank: int | None, certified: bool) -> Scores:
     """The best k by exact score: of all where ``certified``, else of the best 2k by low-rank score."""
     n = len(run.items)
-    plan = None
-    if certified and rank is None:
-        plan = _plan(run, k)
-    if plan is not None and plan.units >= 3:
+    planned = plan(run, k) if certified and rank is None else None
+    if planned is not None and not planned.pays:
         rows = run.evaluate(run.exact()[0])
         note = "the bound would leave too many to rescore: all were scored exactly"
         report = ScoringReport("topk", n, rescored=n, **_route(run.exact()[1]), certified=True, note=note)
         return run.scores(rows, np.ones(n, dtype=bool), report, best(rows.score, k))
-    ranks = plan.ranks if plan is not None else (rank or 16)
+    ranks = planned.ranks if planned is not None else (rank or 16)
     passes = run.make(partial(truncate, ranks=ranks, bounded=certified))
     rows = run.evaluate(passes, stage="low-rank pass")
     bound = rows.bound if rows.bound is not None else np.zeros(n)
+    rescored = 0
+
+    def exact(positions: np.ndarray) -> np.ndarray:
+        nonlocal rescored
+        rescored += len(positions)
+        return run.rescore(rows, positions, before=rescored - len(positions))
+
     if certified:
-        order, found = certify(rows.score.copy(), bound, partial(run.rescore, rows), k)
-        rescored = int(found.count())
+        order, _ = certify(rows.score.copy(), bound, exact, k)
     else:
         candidates = best(rows.score, 2 * k)
-        run.rescore(rows, candidates)
-        order, rescored = candidates[best(rows.score[candidates], k)], len(candidates)
+        exact(candidates)
+        order = candidates[best(rows.score[candidates], k)]
     uniform = ranks if isinstance(ranks, int) else None
     made = {**_route(run.exact()[1]), "rank": uniform, "certified": certified, **_energy(passes)}
     report = ScoringReport("topk", n, rescored=rescored, **made)
@@ -277,13 +320,20 @@ def topk_by_estimate(run: Run, estimates: np.ndarray, k: int, *, candidates: int
     return run.scores(rows, np.ones(n, dtype=bool), report, positions[best(rows.score[positions], k)])
 
 
-def _plan(run: Run, k: int) -> RankPlan:
+def plan(run: Run, k: int) -> RankPlan:
     """Ranks by the cost model, from a random sample; everything exactly where there are too few to sample."""
+    if run.journal is None:
+        return _plan(run, k)
+    # Kept whole: it costs more than the sample's scores, and windows of one pass need the same ranks.
+    return RankPlan(**run.journal.value("rank plan", lambda: asdict(_plan(run, k))))
+
+
+def _plan(run: Run, k: int) -> RankPlan:
     n = len(run.items)
     if n < NO_PLAN * PLAN_SAMPLE or k >= n:
         return RankPlan({}, 3.0, 1.0)
     positions = np.sort(np.random.default_rng(0).choice(n, PLAN_SAMPLE, replace=False))
-    rows = run.evaluate(run.exact()[0], positions)
+    rows = run.evaluate(run.exact()[0], positions, "sample")
     slope = run.slope(torch.from_numpy(rows.nll), positions).abs().numpy()
     return plan_ranks(_profiles(run, positions, slope), rows.score, k / n)
 

@@ -33,6 +33,11 @@ class RankPlan:
     units: float
     rescored: float
 
+    @property
+    def pays(self) -> bool:
+        """Whether that is less than an exact score of everything."""
+        return self.units < 3
+
 
 def plan_ranks(profiles: Mapping[str, Profile], scores: np.ndarray, share: float) -> RankPlan:
     """The cheapest ranks by the cost model: 2 units and the contractions for everything, 3 for what is rescored.

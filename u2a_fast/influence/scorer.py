@@ -15,12 +15,14 @@ from u2a_fast.data.packing import Example
 from u2a_fast.influence.derivatives import Approximate, DerivativePass, resolve_token_budget
 from u2a_fast.influence.index import GradientIndex
 from u2a_fast.influence.lowrank import check_rank, truncate
-from u2a_fast.influence.modes import EXACT_MODES, Progress, Run, check_mode, score, topk, topk_by_estimate
+from u2a_fast.influence.modes import EXACT_MODES, Progress, Run, check_mode, plan, score, topk, topk_by_estimate
 from u2a_fast.influence.objectives import Objective
+from u2a_fast.influence.ranks import RankPlan
 from u2a_fast.influence.routes import Choice, Pass, make_pass
 from u2a_fast.influence.scores import Scores, ScoringReport
 from u2a_fast.losses import unlearning_slope
 from u2a_fast.models.parameters import selected_parameters
+from u2a_fast.store.journal import Journal
 
 __all__ = ["InfluenceScorer", "Scores", "ScoringReport"]
 
@@ -142,9 +144,14 @@ class InfluenceScorer:
         """The exact route that ``explain`` describes, and why it is taken."""
         return self._exact_pass()[1]
 
-    def explain_lowrank(self) -> tuple[dict[str, str], float]:
-        """What the pass of rank ``rank`` does in every module that holds a selected parameter, and its energy."""
-        passes = self._reverse_pass(partial(truncate, ranks=self.rank))
+    def explain_lowrank(
+        self, ranks: int | Mapping[str, int] | None = None, *, bounded: bool = False
+    ) -> tuple[dict[str, str], float]:
+        """What a truncated pass does in every module that holds a selected parameter, and its energy.
+
+        ``ranks``: of every matrix, or by parameter name; None: ``rank``. ``bounded``: as ``topk`` certifies by it.
+        """
+        passes = self._reverse_pass(partial(truncate, ranks=self.rank if ranks is None else ranks, bounded=bounded))
         return passes.explain(), passes.approximation.total_energy
 
     def score(
@@ -153,6 +160,7 @@ class InfluenceScorer:
         *,
         nll_reference: Sequence[float] | None = None,
         on_progress: Progress | None = None,
+        journal: Journal | None = None,
     ) -> Scores:
         """Score every negative.
 
@@ -161,11 +169,13 @@ class InfluenceScorer:
             nll_reference: NLL_i at the reference model, for ``loss="npo"`` after the model has moved; None: at the
                 reference.
             on_progress: called with (stage, negatives done, of how many) after every batch.
+            journal: keeps finished windows on disk, so that the same call after an interruption goes on behind them and
+                ends in the same bits (``store.Journal``).
 
         Returns:
             ``Scores`` in the order given; a score that is not finite is kept as it is and counted in ``nonfinite``.
         """
-        run = self._run(negatives, nll_reference, on_progress)
+        run = self._run(negatives, nll_reference, on_progress, journal)
         return score(run, self.mode, rank=self.rank, fraction=self.fraction)
 
     def topk(
@@ -177,6 +187,7 @@ class InfluenceScorer:
         rank: int | None = None,
         nll_reference: Sequence[float] | None = None,
         on_progress: Progress | None = None,
+        journal: Journal | None = None,
     ) -> Scores:
         """The k negatives of the highest exact scores, best first; NaN last, equal scores in the order given.
 
@@ -191,7 +202,7 @@ class InfluenceScorer:
             certified: False: no bound; the best 2k by low-rank score are scored exactly.
             rank: of every matrix; None: planned by cost from a sample (16 without a certificate), which scores all
                 exactly where the bound is too loose to save anything.
-            nll_reference, on_progress: as for ``score``.
+            nll_reference, on_progress, journal: as for ``score``.
 
         Returns:
             min(k, n) exact scores; ``report.rescored`` says how many took an exact pass.
@@ -200,7 +211,13 @@ class InfluenceScorer:
             ValueError: k or rank is below 1, or a certificate is asked for in half precision.
         """
         self.check_topk(k, certified=certified, rank=rank)
-        return topk(self._run(negatives, nll_reference, on_progress), k, rank=rank, certified=certified)
+        run = self._run(negatives, nll_reference, on_progress, journal)
+        return topk(run, k, rank=rank, certified=certified)
+
+    def plan_topk(self, negatives: Iterable[Example], k: int) -> RankPlan:
+        """The ranks that ``topk`` would choose, and what they should cost; a sample of 64 is scored and bounded."""
+        self.check_topk(k)
+        return plan(self._run(negatives, None), k)
 
     def check_topk(self, k: int, *, certified: bool = True, rank: int | None = None) -> None:
         """Raise ValueError as ``topk`` would, before any work."""
@@ -222,6 +239,7 @@ class InfluenceScorer:
         *,
         candidates: int | None = None,
         on_progress: Progress | None = None,
+        journal: Journal | None = None,
     ) -> Scores:
         """The k negatives of the highest exact scores among the best candidates by an index's estimates, best first.
 
@@ -233,7 +251,7 @@ class InfluenceScorer:
             index: their projected gradients.
             k: how many.
             candidates: how many to score exactly; None: 4 k. Those without a finite estimate are scored besides.
-            on_progress: as for ``score``.
+            on_progress, journal: as for ``score``.
 
         Returns:
             min(k, n) exact scores; ``report.coverage`` says which share of the direction the index sees.
@@ -247,7 +265,7 @@ class InfluenceScorer:
             raise ValueError(f"[topk] expected at least as many candidates as k = {k}, got {candidates}")
         items = list(negatives)
         index.check(items, self.reduction)
-        run = self._run(items, None, on_progress)
+        run = self._run(items, None, on_progress, journal)
         # at the reference every unlearning loss falls by 1 with each nat: gains are derivatives along -v
         downhill = {name: -v for name, v in self.direction().items()}
         estimates = index.scores(downhill)
@@ -258,6 +276,7 @@ class InfluenceScorer:
         negatives: Iterable[Example],
         nll_reference: Sequence[float] | None,
         on_progress: Progress | None = None,
+        journal: Journal | None = None,
     ) -> Run:
         items = list(negatives)
         if self._curvature == "fisher" and self._solver is None:
@@ -277,6 +296,7 @@ class InfluenceScorer:
             self._memo,
             self._float32_pass(),
             on_progress,
+            journal,
         )
 
     def _exact_pass(self) -> tuple[Pass, Choice]:

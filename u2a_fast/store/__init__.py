@@ -2,11 +2,13 @@
 
 from u2a_fast.store.files import lock_folder, sha256_of_files, write_atomically, write_text
 from u2a_fast.store.gradients import GradientShards
+from u2a_fast.store.journal import Journal
 from u2a_fast.store.scores import ScoreSummary, check_target, read_scores, score_to_parquet, write_scores
 from u2a_fast.store.selections import read_selection, write_selection
 
 __all__ = [
     "GradientShards",
+    "Journal",
     "ScoreSummary",
     "check_target",
     "lock_folder",

@@ -24,6 +24,7 @@ __all__ = [
     "ScoreSummary",
     "Scorer",
     "check_target",
+    "claim_parts",
     "read_scores",
     "read_table",
     "score_to_parquet",
@@ -76,6 +77,14 @@ def check_target(out_dir: Path | str, fingerprint: Mapping[str, Any], *, window:
         )
 
 
+def claim_parts(out: Path, fingerprint: Mapping[str, Any], window: int) -> Path:
+    """The folder ``out/parts`` of unfinished results, made where it was not, with what ``check_target`` compares."""
+    parts = out / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    write_text(parts / "manifest.json", json.dumps(_manifest(fingerprint, window), indent=2))
+    return parts
+
+
 def score_to_parquet(
     scorer: Scorer,
     negatives: Iterable[Mapping[str, Any]],
@@ -106,9 +115,7 @@ def score_to_parquet(
     if overwrite:
         _clear(out)
     check_target(out, fingerprint or {}, window=window)
-    parts = out / "parts"
-    parts.mkdir(parents=True, exist_ok=True)
-    write_text(parts / "manifest.json", json.dumps(_manifest(fingerprint or {}, window), indent=2))
+    parts = claim_parts(out, fingerprint or {}, window)
     report = on_progress or _no_progress
     done = finished = _finished_rows(parts)
     report(done, total)
@@ -128,13 +135,13 @@ def score_to_parquet(
     return replace(_merge(out, finished), report=getattr(made, "report", None))
 
 
-def write_scores(path: Path, scores: Any) -> ScoreSummary:
+def write_scores(path: Path, scores: Any, *, resumed_rows: int = 0) -> ScoreSummary:
     """Write ``Scores`` that were made at once into the Parquet file ``path``, whole, in the columns of ``SCHEMA``."""
     table = _table(scores, [str(i) for i in scores.id])
     write_atomically(path, lambda temporary: pq.write_table(table, temporary))
     bad = _nonfinite(table)
     shown = tuple(str(scores.id[int(i)]) for i in bad[:NONFINITE_SHOWN])
-    return ScoreSummary(path, len(scores), len(bad), shown, 0, scores.report)
+    return ScoreSummary(path, len(scores), len(bad), shown, resumed_rows, scores.report)
 
 
 def read_scores(path: Path | str) -> dict[str, np.ndarray]:
