@@ -302,8 +302,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.filter not in kind:
             continue
         torch.manual_seed(0)
-        workload = make()
-        row = measure(workload, options.device, rounds=options.rounds, gemm=options.gemm)
+        try:
+            workload = make()
+            row = measure(workload, options.device, rounds=options.rounds, gemm=options.gemm)
+        except Exception as error:  # the others still have their turn
+            failed += 1
+            print(f"{kind}: NOT TIMED: {type(error).__name__}: {str(error)[:300]}", flush=True)
+            torch.cuda.empty_cache()
+            continue
         if isinstance(row, float):
             failed += 1
             print(f"{workload.name}: GATE FAILED, not timed: {row:.1e} off", flush=True)

@@ -57,7 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = 0
     print(f"{HEADER}\n(x: how many times as fast as reference, plain PyTorch, bare product of the same flops)")
     for case in _chosen(options.device, options.filter, options.quick):
-        found = measure(case, settings)
+        try:
+            found = measure(case, settings)
+        except Exception as error:  # the others still have their turn
+            failed += 1
+            print(f"{case.id}: NOT TIMED: {type(error).__name__}: {str(error)[:300]}", flush=True)
+            torch.cuda.empty_cache()
+            continue
         if isinstance(found, list):
             failed += 1
             print(f"{case.id}: GATE FAILED, not timed: {'; '.join(found)}", flush=True)

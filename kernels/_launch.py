@@ -97,7 +97,7 @@ def operand(x: Tensor, config: Config, rows: str, columns: str) -> Tensor | Tens
     if not config.tma or x.numel() == 0:
         return x
     if x.stride(0) < x.shape[1]:  # rows that overlap, as an expanded one does, are no matrix to the copy engine
-        x = x.contiguous()
+        x = x.clone(memory_format=torch.contiguous_format)  # contiguous() leaves a single row's stride as it is
     return TensorDescriptor.from_tensor(x, [config.blocks[rows], config.blocks[columns]])
 
 
@@ -116,6 +116,8 @@ def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, /, **arguments: object) -> None:
     """Run ``kernel`` over ``grid`` on the device of its tensors (Triton itself would use the current device)."""
+    if 0 in grid:  # Triton would compile first: an empty operand beside the descriptor of another does not
+        return
     tensor = next(x for x in arguments.values() if isinstance(x, Tensor))
     with _on_device_of(tensor):
         kernel[grid](**arguments, **config.blocks, num_warps=config.num_warps, num_stages=config.num_stages)

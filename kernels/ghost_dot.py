@@ -85,12 +85,13 @@ def ghost_dot_kernel(
 
 @triton.jit
 def ghost_dot_tile_kernel(
-    p_a, p_g, p_v, p_cu_seqlens, p_parts, s_a, s_g, s_vk, s_vo, OUT, IN, K, B,
+    p_a, p_g, p_v, p_cu_seqlens, p_parts, s_a, s_g, s_vk, s_vo, OUT, IN, K, B, TILES,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """parts[k, tile, i] = <V_k, G_i> over one O x I tile; a program per (i, tile), so that examples share v's tile."""
-    i_b = tl.program_id(0)
-    i_tile = tl.program_id(1)
+    # One axis: the others hold 65,535 programs, fewer than a wide head has tiles.
+    i_b = tl.program_id(0) % B
+    i_tile = tl.program_id(0) // B
     tiles_i = tl.cdiv(IN, BLOCK_I)
     start_o = (i_tile // tiles_i) * BLOCK_O
     start_i = (i_tile % tiles_i) * BLOCK_I
@@ -120,7 +121,7 @@ def ghost_dot_tile_kernel(
         b_v = tl.load(p_v + (o_o[:, None] * s_vo + o_i[None, :]), mask=m_tile, other=0.0).to(tl.float32)
         tl.store(p_parts, tl.sum(b_tile * b_v))
         p_v += tl.cast(s_vk, tl.int64)
-        p_parts += tl.num_programs(1).to(tl.int64) * B
+        p_parts += tl.cast(TILES, tl.int64) * B
 
 
 def _by_rows(a: Tensor, g: Tensor, cu_seqlens: Tensor, v: Tensor) -> Tensor:
@@ -145,9 +146,9 @@ def _by_tiles(a: Tensor, g: Tensor, cu_seqlens: Tensor, v: Tensor) -> Tensor:
     tiles = triton.cdiv(o, config.blocks["BLOCK_O"]) * triton.cdiv(i, config.blocks["BLOCK_I"])
     parts = torch.empty(k, tiles, b, dtype=torch.float32, device=a.device)
     launch(
-        ghost_dot_tile_kernel, (b, tiles), config,
+        ghost_dot_tile_kernel, (b * tiles,), config,
         p_a=a, p_g=g, p_v=v, p_cu_seqlens=cu_seqlens.contiguous(), p_parts=parts, s_a=a.stride(0), s_g=g.stride(0),
-        s_vk=v.stride(0), s_vo=v.stride(1), OUT=o, IN=i, K=k, B=b,
+        s_vk=v.stride(0), s_vo=v.stride(1), OUT=o, IN=i, K=k, B=b, TILES=tiles,
     )  # fmt: skip
     return parts.sum(1)
 
