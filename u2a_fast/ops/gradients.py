@@ -18,7 +18,7 @@ def ghost_dot(a: Tensor, g: Tensor, cu_seqlens: Tensor, v: Tensor) -> Tensor:
         a: layer inputs of all examples' tokens, (N, I).
         g: gradients at the layer's outputs, (N, O).
         cu_seqlens: example i owns rows cu_seqlens[i] to cu_seqlens[i + 1], (B + 1) int32; empty examples are allowed.
-        v: directions in weight space, (K, O, I).
+        v: directions in weight space, (K, O, I). On the CPU 16 and more are fastest side by side: v.stride(0) == 1.
 
     Returns:
         (K, B); float32, or float64 for float64 arguments. An empty example gives 0.
