@@ -33,7 +33,7 @@ class TileContraction {
         const View<BFloat16> row{v.at(j, r), v.stride.direction, v.stride.column};
         const int64_t few = r < v.count ? smaller(W, v.some - j) : 0;
         // Rows are too far apart for the hardware to see what is read next.
-        for (int64_t i = 0; v.stride.column == 1 && r + 1 < v.count && i < few; ++i)
+        for (int64_t i = 0; !v.stride.side_by_side() && r + 1 < v.count && i < few; ++i)
           for (int64_t p = 0; p < panels; ++p)
             __builtin_prefetch(row.from_row(i).data + v.stride.row + p * E::NR, 0, 2);
         for (int64_t p = 0; p < panels; ++p)

@@ -19,7 +19,7 @@ namespace {
 class Released {
  public:
   ~Released() {
-    while (!blocks_.empty()) forget(blocks_.begin());
+    while (!blocks_.empty()) forget_first();
   }
 
   // The smallest block that holds `bytes` and not many more, or nothing.
@@ -40,7 +40,7 @@ class Released {
   // Keeps the block and gives those back to the system that were not used for longest, as far as it takes.
   void put(void* data, size_t bytes) {
     if (bytes < kLeastBytes || bytes > kMostBytes) return std::free(data);
-    while (kept_ + bytes > kMostBytes) forget(blocks_.begin());
+    while (kept_ + bytes > kMostBytes) forget_first();
     blocks_.push_back({data, bytes});
     kept_ += bytes;
   }
@@ -52,10 +52,10 @@ class Released {
     void* data;
     size_t bytes;
   };
-  void forget(std::vector<Block>::iterator block) {
-    std::free(block->data);
-    kept_ -= block->bytes;
-    blocks_.erase(block);
+  void forget_first() {
+    std::free(blocks_.front().data);
+    kept_ -= blocks_.front().bytes;
+    blocks_.erase(blocks_.begin());
   }
   std::vector<Block> blocks_;
   size_t kept_ = 0;

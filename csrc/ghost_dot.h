@@ -38,7 +38,7 @@ void ghost_dot_with(const GhostDot& op, const Parallel& parallel) {
   int64_t count = 0;
   for (int64_t i = 0; i < op.b; ++i) {
     const int64_t begin = op.cu_seqlens[i], end = op.cu_seqlens[i + 1];
-    if (op.v.stride.column != 1 || tile_form_is_cheaper<E>(end - begin, op.k)) {
+    if (op.v.stride.side_by_side() || tile_form_is_cheaper<E>(end - begin, op.k)) {
       tiled.as<int32_t>()[count++] = static_cast<int32_t>(i);
     } else {
       for (int64_t panel = begin / E::MR; panel < ceil_div(end, E::MR); ++panel) wanted.as<bool>()[panel] = true;

@@ -114,7 +114,7 @@ template <class E, class T>
 class SideBySideContraction {
   using S = typename E::Accumulate;
   static constexpr int64_t kArea = E::MR * E::NR, W = kLanes<S>;
-  static_assert(W <= kLeastSideBySide);
+  static_assert(W <= kLeastSideBySide && E::kShares == 1);
 
  public:
   static constexpr int64_t kExamples = U2A_VECTOR_BYTES == 64 ? 16 : 8;
@@ -133,8 +133,7 @@ class SideBySideContraction {
 
   // While tiles are being made, the level-2 cache is asked for the directions of the next.
   S* tile(int64_t x) { return tiles_.as<S>() + x * kArea; }
-  void take(int64_t x, int64_t share) {
-    if (share > 0) return;
+  void take(int64_t x, int64_t) {
     int64_t line = lines_ * x / kExamples;
     const int64_t end = lines_ * (x + 1) / kExamples;
     for (int64_t r = line / row_lines_; line < end; ++r) {
@@ -357,7 +356,7 @@ class TileDots {
 template <class E, class T>
 void add_tile_dots(const GhostDot& op, const Parallel& parallel, const int32_t* chosen, int64_t count, double* sums) {
   using With = Contractions<E, T>;
-  if (op.v.stride.column != 1)
+  if (op.v.stride.side_by_side())
     TileDots<E, T, typename With::SideBySide>(op, parallel, chosen, count, sums).run();
   else if (op.k < With::kMany)
     TileDots<E, T, typename With::Few>(op, parallel, chosen, count, sums).run();

@@ -141,8 +141,7 @@ py::array ghost_dot(const py::object& a_in, const py::object& g_in, const py::ob
   check_dtype(g, dtype, op, "g");
   check_dtype(v, dtype, op, "v");
   py::array out = result(dtype, {v.size(0), cu.size(0) - 1});
-  const u2a::Matrix rows = v.rows();
-  const u2a::Directions directions = {rows.data, {o * rows.stride, rows.stride, 1}};
+  const auto directions = u2a::Directions::of_rows(v.rows(), o);
   const u2a::GhostDot call = {dtype,          a.rows(),  g.rows(), offsets, directions,        n,
                               cu.size(0) - 1, v.size(0), i,        o,       out.mutable_data()};
   const py::gil_scoped_release unlocked;

@@ -26,6 +26,7 @@ struct Matrix {
 // Where the next direction, row and column of K x O x I directions lie.
 struct Strides {
   int64_t direction, row, column;
+  bool side_by_side() const { return column != 1; }
 };
 
 // As many directions may lie side by side: stride.direction is 1. Else stride.column is 1 and a direction is O rows.
@@ -33,6 +34,7 @@ constexpr int64_t kLeastSideBySide = 16;
 struct Directions {
   const void* data;
   Strides stride;
+  static Directions of_rows(const Matrix& rows, int64_t o) { return {rows.data, {o * rows.stride, rows.stride, 1}}; }
 };
 
 struct GhostDot {

@@ -122,21 +122,12 @@ Tensor ghost_dot(const Tensor& a_in, const Tensor& g_in, const Tensor& cu_seqlen
   const Tensor a = readable(a_in), g = readable(g_in), offsets = checked_offsets(cu_seqlens, n);
   const bool side_by_side = k >= u2a::kLeastSideBySide && v_in.stride(0) == 1 && v_in.stride(2) != 1;
   const Tensor v = side_by_side ? v_in : readable(v_in);
-  const int64_t row = v.stride(1);
+  const auto directions = side_by_side ? u2a::Directions{v.const_data_ptr(), {1, v.stride(1), v.stride(2)}}
+                                       : u2a::Directions::of_rows(matrix(v), o);
   Tensor out = empty(a, {k, b}, accumulation_type(a));
   const u2a::DType dtype = dtype_of(a);
-  const u2a::Strides strides = side_by_side ? u2a::Strides{1, row, v.stride(2)} : u2a::Strides{o * row, row, 1};
-  u2a::kernels_for(dtype).ghost_dot({dtype,
-                                     matrix(a),
-                                     matrix(g),
-                                     offsets.const_data_ptr<int32_t>(),
-                                     {v.const_data_ptr(), strides},
-                                     n,
-                                     b,
-                                     k,
-                                     i,
-                                     o,
-                                     out.mutable_data_ptr()},
+  u2a::kernels_for(dtype).ghost_dot({dtype, matrix(a), matrix(g), offsets.const_data_ptr<int32_t>(), directions, n, b,
+                                     k, i, o, out.mutable_data_ptr()},
                                     torch_threads());
   return out;
 }
