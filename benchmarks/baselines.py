@@ -1,8 +1,8 @@
-"""The public U2A procedure, re-expressed, and the forward pass that all costs are counted in."""
+"""What benchmarks share: the public U2A procedure, re-expressed, the forward pass that is the unit, gates."""
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,16 @@ from u2a_fast.models.decoder import Decoder
 __all__ = [
     "GateError",
     "PublicProcedure",
+    "attempt",
     "float64_scores",
     "forward_answer_head",
     "forward_full_head",
     "norm_error",
     "score_error",
 ]
+
+
+Result = TypeVar("Result")
 
 
 class GateError(RuntimeError):
@@ -74,6 +78,16 @@ def forward_answer_head(decoder: Decoder, examples: Sequence[Example]) -> Tensor
     """The same with the head on the scored tokens only, by ``linear_logprob``."""
     with torch.no_grad():
         return decoder.token_logprobs(decoder.pack(examples))
+
+
+def attempt(name: str, measure: Callable[[], Result]) -> Result | None:
+    """What ``measure`` returns; None where it raised, which is printed: one case takes no other's turn away."""
+    try:
+        return measure()
+    except Exception as error:
+        print(f"{name}: NOT TIMED: {type(error).__name__}: {str(error)[:300]}", flush=True)
+    torch.cuda.empty_cache()  # only now: the exception held the frames, and they their tensors
+    return None
 
 
 def float64_scores(model: nn.Module, direction: Mapping[str, Tensor], examples: Sequence[Example]) -> Tensor:

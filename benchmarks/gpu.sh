@@ -3,9 +3,10 @@
 #   [OUT=folder] [BENCH_COMMIT=hash] [PYTHON=python3] [PEERS=1 WHEELS=folder] bash benchmarks/gpu.sh
 # Every phase has its own time limit, so that one that hangs leaves the later ones their time; what no session has measured
 # yet comes first. The exit status is 0 where every phase passed. OUT (default benchmarks/results, where only the rows
-# belong in a commit) receives two files: rows (gpu.jsonl) and, phase after phase, what was printed (gpu.log). PEERS=1 adds a phase of 4 minutes that measures other libraries, installed from the wheels in
-# WHEELS (what benchmarks/peers/environments.py names for bergson and kronfluence; from there, liger-kernel and
-# jvp_flash_attention also join benchmarks.large); PEERS=only builds and does nothing else.
+# belong in a commit) receives two files: rows (gpu.jsonl) and, phase after phase, what was printed (gpu.log). PEERS=1
+# adds a phase of 4 minutes that measures other libraries, installed from the wheels in WHEELS (what
+# benchmarks/peers/environments.py names for bergson and kronfluence; from there, liger-kernel and jvp_flash_attention
+# also join benchmarks.large); PEERS=only builds and does nothing else.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=${OUT:-benchmarks/results}

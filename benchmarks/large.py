@@ -25,7 +25,7 @@ from torch.nn import functional
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/large.py`
 
-from benchmarks.baselines import norm_error
+from benchmarks.baselines import attempt, norm_error
 from u2a_fast import ops
 from u2a_fast.bench.rows import Row, make_row, write_rows
 from u2a_fast.bench.timing import Spread, Task, alternate, ratios
@@ -302,17 +302,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.filter not in kind:
             continue
         torch.manual_seed(0)
-        try:
-            workload = make()
-            row = measure(workload, options.device, rounds=options.rounds, gemm=options.gemm)
-        except Exception as error:  # the others still have their turn
+        workload = attempt(kind, make)
+        if workload is None:
             failed += 1
-            print(f"{kind}: NOT TIMED: {type(error).__name__}: {str(error)[:300]}", flush=True)
-            torch.cuda.empty_cache()
             continue
-        if isinstance(row, float):
+        row = attempt(
+            workload.name, partial(measure, workload, options.device, rounds=options.rounds, gemm=options.gemm)
+        )
+        if not isinstance(row, dict):
             failed += 1
-            print(f"{workload.name}: GATE FAILED, not timed: {row:.1e} off", flush=True)
+            if row is not None:
+                print(f"{workload.name}: GATE FAILED, not timed: {row:.1e} off", flush=True)
             continue
         shown = "".join(
             f"; {name} {p50:.2f} ({p20:.2f} to {p80:.2f})" for name, (p20, p50, p80) in row["ratios"].items()

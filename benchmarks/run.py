@@ -9,12 +9,14 @@ exit status 1. Every row is a line of its own, so that a log that is cut short h
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `python benchmarks/run.py`
 
+from benchmarks.baselines import attempt
 from u2a_fast.bench.cases import timing_cases
 from u2a_fast.bench.measure import Settings, measure
 from u2a_fast.bench.rows import Row, write_rows
@@ -57,20 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = 0
     print(f"{HEADER}\n(x: how many times as fast as reference, plain PyTorch, bare product of the same flops)")
     for case in _chosen(options.device, options.filter, options.quick):
-        try:
-            found = measure(case, settings)
-        except Exception as error:  # the others still have their turn
-            failed += 1
-            print(f"{case.id}: NOT TIMED: {type(error).__name__}: {str(error)[:300]}", flush=True)
-            torch.cuda.empty_cache()
-            continue
+        found = attempt(case.id, partial(measure, case, settings))
+        failed += not isinstance(found, dict)
         if isinstance(found, list):
-            failed += 1
             print(f"{case.id}: GATE FAILED, not timed: {'; '.join(found)}", flush=True)
-            continue
-        print(_line(found), flush=True)
-        if options.out:
-            write_rows(options.out, [found])
+        elif found:
+            print(_line(found), flush=True)
+            if options.out:
+                write_rows(options.out, [found])
     return int(failed > 0)
 
 

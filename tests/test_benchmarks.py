@@ -289,6 +289,42 @@ def test_throughput_gives_a_row(tiny_config: str, tmp_path: Path, capsys: pytest
     assert "tokens/s" in capsys.readouterr().out
 
 
+def test_a_route_that_lacks_memory_leaves_the_other_its_row(
+    tiny_config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alternate = throughput.alternate
+    turns = iter([alternate, _out_of_memory])
+    monkeypatch.setattr(throughput, "alternate", lambda *args, **options: next(turns)(*args, **options))
+    argv = ["--like", tiny_config, "--device", "cpu", "--tokens", "16", "--batch", "2", "--rounds", "2"]
+    assert throughput.main([*argv, "--out", str(tmp_path / "rows.jsonl")]) == 1
+    (row,) = read_rows(tmp_path / "rows.jsonl")
+    assert set(row["units"]) == {"forward"}
+    assert "reverse: NOT TIMED: OutOfMemoryError: 9 GiB" in capsys.readouterr().out
+
+
+def _out_of_memory(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError("9 GiB")
+
+
+@pytest.mark.parametrize("benchmark", [run, large], ids=["run", "large"])
+def test_a_case_that_raises_takes_no_others_turn(
+    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right, calls = benchmark.measure, []
+
+    def first_raises(case: Any, *args: Any, **options: Any) -> Any:
+        calls.append(case)
+        return _out_of_memory() if len(calls) == 1 else right(case, *args, **options)
+
+    monkeypatch.setattr(benchmark, "measure", first_raises)
+    argv = ["--quick", "--filter", "rotary"]
+    if benchmark is large:
+        argv = ["--scale", "0.01", "--rounds", "2", "--gemm", "256", "--filter", "attention"]
+    assert benchmark.main([*argv, "--device", "cpu", "--out", str(tmp_path / "rows.jsonl")]) == 1
+    assert len(read_rows(tmp_path / "rows.jsonl")) == len(calls) - 1 >= 1
+    assert "NOT TIMED: OutOfMemoryError: 9 GiB" in capsys.readouterr().out
+
+
 def test_wrong_derivatives_have_no_throughput(tiny_config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = throughput.float64_scores
     monkeypatch.setattr(throughput, "float64_scores", lambda *arguments: right(*arguments) * 1.001)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 import u2a_fast
+from u2a_fast.influence.derivatives import DerivativePass
 from u2a_fast.models.decoder import sequence_logprobs
 from u2a_fast.models.parameters import selected_parameters
 
@@ -178,6 +179,17 @@ def test_bfloat16_is_close_and_restores_the_weights(derivatives: Derivatives) ->
     assert all(p.dtype == torch.float32 and torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+def test_one_copy_of_the_directions_in_the_precision_of_the_run() -> None:
+    model = tiny.build("llama", torch.float32)
+    passes = DerivativePass(model, [tiny.direction(model)], dtype=torch.bfloat16)
+    with passes.running():
+        passes(tiny.examples(2))
+    for site in passes.capture.sites:
+        for (name, dtype), v in site.cast.items():
+            assert dtype == torch.bfloat16
+            assert v.untyped_storage().data_ptr() == site.directions[name].untyped_storage().data_ptr()
+
+
 def test_the_model_is_left_as_it_was_found(derivatives: Derivatives) -> None:
     model, batch = tiny.build("llama"), tiny.examples(3)
     model.train()
@@ -285,6 +297,9 @@ def test_bad_arguments_are_named() -> None:
         u2a_fast.directional_derivatives(model, [_ok()], {"nope": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"expected lm_head.weight of shape \(61, 32\), got \(2,\)"):
         u2a_fast.directional_derivatives(model, [_ok()], {"lm_head.weight": torch.zeros(2)})
+    model.register_parameter("stored", nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False))
+    with pytest.raises(ValueError, match=r"expected parameters of floating-point numbers, got stored of torch\.int8"):
+        u2a_fast.directional_derivatives(model, [_ok()], {"stored": torch.ones(2)})
     with pytest.raises(ValueError, match='expected "sum" or "mean"'):
         u2a_fast.directional_derivatives(model, [_ok()], {}, reduction="max")
     with pytest.raises(ValueError, match=r"\[mode\] expected one of"):

@@ -61,8 +61,14 @@ def check_whole(model: nn.Module) -> None:
         )
 
 
-def stack_directions(model: nn.Module, directions: Sequence[Direction]) -> dict[str, Tensor]:
-    """Directions by parameter name, (K, *shape), absent names zero."""
+def stack_directions(
+    model: nn.Module, directions: Sequence[Direction], dtype: torch.dtype | None = None, *, wide: bool = False
+) -> dict[str, Tensor]:
+    """Directions by parameter name, (K, *shape), absent names zero.
+
+    Each is in ``dtype``, or its parameter's own where that is None: what the contractions take, so that no second copy
+    is kept. ``wide``: in float32 at least, for a decomposition.
+    """
     check_whole(model)
     parameters = dict(model.named_parameters())
     stacked = {}
@@ -70,13 +76,15 @@ def stack_directions(model: nn.Module, directions: Sequence[Direction]) -> dict[
         if name not in parameters:
             raise ValueError(f"[direction] expected names of model.named_parameters(), got {name!r}")
         p = parameters[name]
-        dtype = torch.promote_types(p.dtype, torch.float32)
+        if not p.is_floating_point():
+            raise ValueError(f"[direction] expected parameters of floating-point numbers, got {name} of {p.dtype}")
+        kind = torch.promote_types(p.dtype, torch.float32) if wide else dtype or p.dtype
         rows = []
         for direction in directions:
             v = direction.get(name)
             if v is not None and v.shape != p.shape:
                 raise ValueError(f"[direction] expected {name} of shape {tuple(p.shape)}, got {tuple(v.shape)}")
-            rows.append(torch.zeros_like(p, dtype=dtype) if v is None else v.detach().to(p.device, dtype))
+            rows.append(torch.zeros_like(p, dtype=kind) if v is None else v.detach().to(p.device, kind))
         stacked[name] = stack(rows)
     return stacked
 
@@ -143,7 +151,7 @@ class DerivativePass:
         check_reduction(reduction)
         self.model, self.reduction, self.dtype = model, reduction, dtype
         self.decoder = Decoder(model)
-        stacked = stack_directions(model, directions)
+        stacked = stack_directions(model, directions, dtype, wide=approximate is not None)
         self.count = len(directions)
         self.double = all(p.dtype == torch.float64 for p in model.parameters() if p.is_floating_point())
         names = parameter_names(model)

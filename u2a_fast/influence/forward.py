@@ -57,12 +57,10 @@ class ForwardPass:
         self.model, self.reduction, self.dtype, self.share_prompts = model, reduction, dtype, share_prompts
         self.decoder = Decoder(model)
         self.count = len(directions)
-        parameters = dict(model.named_parameters())
-        self.double = all(p.dtype == torch.float64 for p in parameters.values() if p.is_floating_point())
+        self.double = all(p.dtype == torch.float64 for p in model.parameters() if p.is_floating_point())
         self._duals = []
         for direction in directions:  # each in memory of its own: PyTorch copies tangents that are views of more
-            stacked = stack_directions(model, [direction])
-            tangents = {name: v[0].to(dtype or parameters[name].dtype) for name, v in stacked.items()}
+            tangents = {name: v[0] for name, v in stack_directions(model, [direction], dtype).items()}
             self._duals.append(DualParameters(model, tangents))
         names = parameter_names(model)
         head = self.decoder.head
