@@ -24,6 +24,7 @@ __all__ = ["TABLES", "main", "render"]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 EMPTY = "No results yet: `make bench` and `make peers` measure, and write them here.\n"
+GOAL_HEADER = ("goal", "bound", "measured", "met")
 CONTESTANTS = {
     "forward": "forward pass, LM head on every token (the unit)",
     "forward_answer": "forward pass, LM head on answer tokens",
@@ -126,15 +127,20 @@ def _goals(rows: list[Row]) -> str:
         row = found.get((benchmark, case))
         if row is None:
             continue
-        goal = f"{'at most' if at_most else 'at least'} {bound:g}"
         try:
-            number = value(row)
+            lines.append(_goal(what, value(row), bound, at_most=at_most))
         except KeyError:
-            lines.append((what, goal, "not timed", "**no**"))
-            continue
-        met = number <= bound if at_most else number >= bound
-        lines.append((what, goal, f"{number:.4g}", "yes" if met else "**no**"))
-    return _grid(("goal", "bound", "measured", "met"), lines)
+            lines.append((what, _bound(bound, at_most), "not timed", "**no**"))
+    return _grid(GOAL_HEADER, lines)
+
+
+def _bound(bound: float, at_most: bool) -> str:
+    return f"{'at most' if at_most else 'at least'} {bound:g}"
+
+
+def _goal(what: str, number: float, bound: float, *, at_most: bool = False) -> tuple[str, str, str, str]:
+    met = number <= bound if at_most else number >= bound
+    return what, _bound(bound, at_most), f"{number:.4g}", "yes" if met else "**no**"
 
 
 def _units(name: str) -> Callable[[Row], float]:
@@ -311,6 +317,35 @@ def _memory(rows: list[Row]) -> str:
     return "\n".join(parts)
 
 
+def _peer_goals(rows: list[Row]) -> str:
+    lines: list[tuple[str, str, str, str]] = []
+    for workload, group in groupby(sorted(rows, key=lambda row: row["workload"]), key=lambda row: row["workload"]):
+        found = {row["case"].removeprefix(f"{workload}-"): row for row in group if not row["error"]}
+        ours, cheap = found.get("u2a_fast-forward"), found.get("u2a_fast-lowrank")
+        half, projected = found.get("u2a_fast-forward_bf16"), found.get("bergson-16")
+        exact = [row for name, row in found.items() if not name.startswith("u2a_fast") and _is_exact(row)]
+        if not (ours and cheap and half and projected and exact):
+            continue
+        rival = min(exact, key=_median_units)
+        what = f"`{workload}`: {rival['label']}, the fastest exact peer, over exact u2a_fast"
+        lines.append(_goal(what, _median_units(rival) / _median_units(ours), 1.15))
+        what = f"`{workload}`: {projected['label']}, over u2a_fast, low-rank direction"
+        lines.append(_goal(what, _median_units(projected) / _median_units(cheap), 1))
+        what = f"`{workload}`: Spearman of that low rank (that projection: {projected['spearman']['all']:.2f})"
+        lines.append(_goal(what, cheap["spearman"]["all"], 0.98))
+        what = f"`{workload}`: exact u2a_fast, float32 over bfloat16"
+        lines.append(_goal(what, _median_units(ours) / _median_units(half), 3))
+    return _grid(GOAL_HEADER, lines)
+
+
+def _is_exact(row: Row) -> bool:
+    return row.get("truth") in ("all", "linears") and row["relative_error"] <= 1e-3
+
+
+def _median_units(row: Row) -> float:
+    return row["units"][1]
+
+
 def _peers(rows: list[Row]) -> str:
     header = (
         "what runs",
@@ -398,6 +433,7 @@ TABLES: dict[str, tuple[Callable[[list[Row]], list[Row]], Callable[[list[Row]], 
     "score": (_select("score"), _scoring),
     "memory": (_select("memory"), _memory),
     "peers": (_select("peers"), _peers),
+    "peer-goals": (_select("peers"), _peer_goals),
     "peers-cuda": (_select("peers", "cuda"), _peers_device),
     "throughput": (_select("throughput", "cuda"), _throughput),
     "large": (_select("large", "cuda"), _large),

@@ -270,6 +270,30 @@ def test_peers_on_a_device_have_a_table_of_their_own() -> None:
     assert "* other (thing 1.0): it broke" in text
 
 
+def test_goals_against_peers_come_from_their_rows() -> None:
+    def row(name: str, units: float, error: float, spearman: float = 1.0, truth: str = "all") -> Row:
+        agreement = {"truth": truth, "relative_error": error, "spearman": {"all": spearman}}
+        named = {"case": f"tiny-{name}", "workload": "tiny", "label": name, "error": None}
+        return named | agreement | {"units": [units, units, units]}
+
+    rows = [
+        row("u2a_fast-forward", 2.0, 1e-6),
+        row("u2a_fast-forward_bf16", 0.8, 1e-2),
+        row("u2a_fast-lowrank", 1.5, 1e-1, 0.9),
+        row("slow", 5.0, 1e-6),
+        row("linears", 3.0, 1e-6, truth="linears"),
+        row("norms", 0.5, 1e-6, truth="norms"),
+        row("bergson-16", 1.0, 0.5, 0.25),
+        {"case": "tiny-broken", "workload": "tiny", "label": "broken", "error": "it broke"},
+    ]
+    assert tables._peer_goals(rows).splitlines()[2:] == [
+        "| `tiny`: linears, the fastest exact peer, over exact u2a_fast | at least 1.15 | 1.5 | yes |",
+        "| `tiny`: bergson-16, over u2a_fast, low-rank direction | at least 1 | 0.6667 | **no** |",
+        "| `tiny`: Spearman of that low rank (that projection: 0.25) | at least 0.98 | 0.9 | **no** |",
+        "| `tiny`: exact u2a_fast, float32 over bfloat16 | at least 3 | 2.5 | **no** |",
+    ]
+
+
 @pytest.fixture
 def tiny_config(tmp_path: Path) -> str:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "vocab_size": 64}
