@@ -75,7 +75,7 @@ void hide(const Attention& op, int64_t offset, S* row, int64_t width, S hidden) 
   Vec<S> query{};
   for (int lane = 0; lane < W; ++lane) query[lane] = S(lane);
   for (int64_t c = 0; c < width; c += W, query += S(W))
-    store(row + c, (query < S(offset)) | (query > S(last)) ? splat(hidden) : load(row + c));
+    store(row + c, ((query < S(offset)) | (query > S(last))) ? splat(hidden) : load(row + c));
 }
 
 class AttentionPlan {

@@ -5,6 +5,9 @@
 
 #include "kernels.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -85,6 +88,13 @@ bool may_use_tiles() {
 #endif
 }
 
+// Not every compiler's __builtin_cpu_supports knows these names (Intel's manual, volume 2A, CPUID leaf 7).
+bool has_tiles() {
+  constexpr unsigned kAmxBf16Bit = 1u << 22, kAmxTileBit = 1u << 24;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kAmxBf16Bit) && (d & kAmxTileBit);
+}
+
 const Kernels& best_vectors() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
@@ -96,7 +106,7 @@ const Kernels& best_vectors() {
 const Kernels& best_bf16() {
   const Kernels& vectors = best_vectors();
   if (&vectors != &kAvx512 || !__builtin_cpu_supports("avx512bf16")) return vectors;
-  if (__builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && may_use_tiles()) return kAmxBf16;
+  if (has_tiles() && may_use_tiles()) return kAmxBf16;
   return kAvx512Bf16;
 }
 

@@ -173,13 +173,11 @@ class Panels {
   }
   template <class T>
   void pack_b(View<T> source, int64_t rows, const Parallel& parallel, int64_t first = 0) {
-    for_panels(rows, parallel,
-               [&](int64_t r) { E::pack_b(source.from_row(r), rows - r, k_, at(first + r)); });
+    for_panels(rows, parallel, [&](int64_t r) { E::pack_b(source.from_row(r), rows - r, k_, at(first + r)); });
   }
   template <class T>
   void pack_dotted(View<T> source, int64_t rows, const Parallel& parallel, int64_t first) {
-    for_panels(rows, parallel,
-               [&](int64_t r) { E::pack_dotted(source.from_row(r), rows - r, k_, at(first + r)); });
+    for_panels(rows, parallel, [&](int64_t r) { E::pack_dotted(source.from_row(r), rows - r, k_, at(first + r)); });
   }
   // The panel that starts with `row`, a multiple of the width.
   Packed* at(int64_t row) const { return buffer_.template as<Packed>() + (is_a_ ? row / E::MR : row / E::NR) * size_; }

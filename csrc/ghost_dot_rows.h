@@ -155,8 +155,9 @@ class TokenDots {
     for_row_blocks<E>(op_.n, parallel_, add_rows, RowBlocking<E>::kMostRows);
   }
 
-  // dots += g_t^T B a_t for the MR rows of A from r on and `columns` rows of B from `first` on. Tiles are one panel wide,
-  // so that they and a step of the rows stay in the level-1 cache; a tile is dotted while the next is being multiplied.
+  // dots += g_t^T B a_t for the MR rows of A from r on and `columns` rows of B from `first` on. Tiles are one panel
+  // wide, so that they and a step of the rows stay in the level-1 cache; a tile is dotted while the next is being
+  // multiplied.
   void add_panel(const LongRows<E, T>& a, int64_t r, const Panels<E>& b, int64_t first, int64_t columns,
                  RowDots<E, T>& dots) {
     alignas(64) S tile[2][E::MR * E::NR];

@@ -85,8 +85,7 @@ class HeadBackward {
       const int64_t target = op_.head.target[row] - v;
       if (target >= 0 && target < columns) target_.template as<S>()[r + t] = grad_logp[row] * slopes[target];
       Z* dz = dz_.template as<Z>() + (r + t) * kTileColumns;
-      for (int64_t c = 0; c < columns; c += kLanes<S>)
-        store_rounded(dz + c, Vec<S>(load(z + c) * load(slopes + c)));
+      for (int64_t c = 0; c < columns; c += kLanes<S>) store_rounded(dz + c, Vec<S>(load(z + c) * load(slopes + c)));
     }
   }
 

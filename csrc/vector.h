@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace u2a {
 namespace {
@@ -263,7 +264,14 @@ inline Vec<double> tanh_lanes(Vec<double> x) {
 // x and y with lanes alternating, from their first (Offset 0) or second (Offset W / 2) halves.
 template <int Offset, class V, int... J>
 inline V interleave(V x, V y, Indices<J...>) {
-  return __builtin_shufflevector(x, y, ((J % 2) * int(sizeof...(J)) + J / 2 + Offset)...);
+  constexpr int W = sizeof...(J);
+#if defined(__clang__)
+  return __builtin_shufflevector(x, y, (J % 2 * W + J / 2 + Offset)...);
+#else  // which GCC has from version 12 on
+  using Lane = std::conditional_t<sizeof(x[0]) == 4, int32_t, int64_t>;
+  typedef Lane Choice __attribute__((vector_size(sizeof(V))));
+  return __builtin_shuffle(x, y, Choice{(J % 2 * W + J / 2 + Offset)...});
+#endif
 }
 
 // Transposes a square of W x W lanes: log2 W rounds of interleaving each row with the row half a square below.
