@@ -38,7 +38,7 @@ format: $(VENV)/.tools  ## ruff format and clang-format, in place
 	$(BIN)/python -m ruff format .
 	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
 
-bench: $(VENV)/.tools  ## correctness-gated timings on one thread, as rows and tables (20 minutes)
+bench: $(VENV)/.tools  ## correctness-gated timings on one thread, as rows and tables (25 minutes)
 	$(BIN)/python -m benchmarks.all
 
 peers: $(VENV)/.tools  ## the same negatives scored by u2a_fast and by other libraries, on one thread (25 minutes)

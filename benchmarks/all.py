@@ -1,4 +1,4 @@
-"""Every CPU measurement on one thread, about 20 minutes, into the committed rows and the tables.
+"""Every CPU measurement on one thread, about 25 minutes, into the committed rows and the tables.
 
     python -m benchmarks.all
 
@@ -16,7 +16,7 @@ from benchmarks import ROOT, tables
 from benchmarks.rows import results_file
 from u2a_fast.bench.machine import describe
 
-BENCHMARKS = ("routes", "score", "memory", "run")
+BENCHMARKS = ("routes", "score", "memory", "modes", "crossover", "run")
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """The constants behind ghost_dot's choice of a form on CPU: what several directions cost, in tokens of one direction.
 
-python -m benchmarks.crossover --rounds 9 > crossover.jsonl
+    python -m benchmarks.crossover [--rounds 9] [--out rows.jsonl]
 
 One direction always takes the row form, so that t(K = 1) / T is the time of a token. Long examples with several
 directions take the tile form, whose time is a line in K: T tokens times the cost of its product (4/3 in
@@ -8,14 +8,14 @@ csrc/ghost_dot_tile.h), and the tokens of each direction (kDirectionTokens of th
 """
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from u2a_fast import ops, testing
-from u2a_fast.bench.rows import Row, make_row
+from u2a_fast.bench.rows import Row, make_row, write_rows
 from u2a_fast.bench.timing import Spread, alternate
 from u2a_fast.testing import Case
 
@@ -73,8 +73,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
-    for row in crossover_rows(parser.parse_args(argv).rounds):
-        print(json.dumps(row), flush=True)
+    parser.add_argument("--out", type=Path, help="merge the rows into this file")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    for row in crossover_rows(options.rounds):
+        units = ", ".join(f"{k}: {value:.2f}" for k, value in row["units"].items())
+        print(
+            f"{row['case']}: K over one direction {units}; product {row['product_tokens']:.2f} tokens a token, "
+            f"{row['direction_tokens']:.1f} a direction",
+            flush=True,
+        )
+        if options.out:
+            write_rows(options.out, [row])
     return 0
 
 

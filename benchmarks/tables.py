@@ -10,6 +10,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -64,9 +65,13 @@ def _origin(rows: list[Row]) -> str:
     flags = "" if last["gpu"] else f" ({', '.join(last['cpu_flags'])})"
     threads = "" if last["gpu"] else f", {last['threads']} thread{'s' * (last['threads'] > 1)}"
     commits = ", ".join(sorted({row["commit"] for row in rows}))
-    return (
-        f"**{last['machine']}**{flags}{threads}; {versions}; commit {commits}; {last['utc'][:10]}; `{last['command']}`"
-    )
+    commands = ", ".join(f"`{command}`" for command in sorted({_command(row) for row in rows}))
+    return f"**{last['machine']}**{flags}{threads}; {versions}; commit {commits}; {last['utc'][:10]}; {commands}"
+
+
+def _command(row: Row) -> str:
+    """The row's command without what it was narrowed to and where it wrote."""
+    return re.sub(r" --(out|filter|only) \S+", "", row["command"])
 
 
 def _times(spread: Sequence[float]) -> str:
@@ -131,7 +136,31 @@ def _goals(rows: list[Row]) -> str:
             lines.append(_goal(what, value(row), bound, at_most=at_most))
         except KeyError:
             lines.append((what, _bound(bound, at_most), "not timed", "**no**"))
-    return _grid(GOAL_HEADER, lines)
+    return _grid(GOAL_HEADER, lines + _ghost_dot_goals(rows))
+
+
+def _ghost_dot_goals(rows: list[Row]) -> list[tuple[str, str, str, str]]:
+    lines = []
+    for dtype in ("float32", "bfloat16"):
+        times = [1 / row["of_gemm"] for row in rows if _is_one_direction(row) and dtype in row["case"]]
+        if times:
+            what = f"ghost_dot, {dtype}, over the library's fastest product of its flops, worst of {len(times)} sizes"
+            lines.append(_goal(what, max(times), 1.1, at_most=True))
+    return lines
+
+
+def _is_one_direction(row: Row) -> bool:
+    own = row["case"].startswith("ghost_dot-") and "-K1-" in row["case"]
+    return own and (row["benchmark"], row["device"]) == ("ops", "cpu")
+
+
+def _unmeasured(rows: list[Row]) -> str:
+    """Goals that no machine has a row for."""
+    there = {(row["benchmark"], row["case"]) for row in rows}
+    lines = [(what, _bound(bound, at_most)) for case, what, _, at_most, bound in GOALS if case not in there]
+    if not any((row["benchmark"], row["device"]) == ("peers", "cuda") for row in rows):
+        lines.append(("exact against the fastest exact peer on a GPU, 128 tokens, 19 M and 1 B", _bound(2, False)))
+    return _grid(GOAL_HEADER[:2], lines) if lines else "None: every goal has a row.\n"
 
 
 def _bound(bound: float, at_most: bool) -> str:
@@ -283,12 +312,13 @@ def _large(rows: list[Row]) -> str:
 
 
 def _throughput(rows: list[Row]) -> str:
-    header = ("model", "route", "tokens/s", "units")
+    header = ("model", "route", "tokens/s", "units", "of the product")
     lines = []
     for row in rows:
         for route, rate in row["tokens_per_second"].items():
             what = f"`{row['case'].removesuffix('-cuda')}`, {row['batch']} examples of {row['tokens']} tokens"
-            lines.append((what, route, f"{rate:,.0f}", _spread(row["units"][route])))
+            share = f"{row['of_gemm'][route][1]:.0%}"
+            lines.append((what, route, f"{rate:,.0f}", _spread(row["units"][route]), share))
     return _grid(header, lines)
 
 
@@ -317,29 +347,33 @@ def _memory(rows: list[Row]) -> str:
     return "\n".join(parts)
 
 
-def _peer_goals(rows: list[Row]) -> str:
+def _peer_goals(rows: list[Row], least: float = 1.15) -> str:
     lines: list[tuple[str, str, str, str]] = []
     for workload, group in groupby(sorted(rows, key=lambda row: row["workload"]), key=lambda row: row["workload"]):
         found = {row["case"].removeprefix(f"{workload}-"): row for row in group if not row["error"]}
-        ours, cheap = found.get("u2a_fast-forward"), found.get("u2a_fast-lowrank")
-        half, projected = found.get("u2a_fast-forward_bf16"), found.get("bergson-16")
+        ours = [row for name, row in found.items() if name in ("u2a_fast-forward", "u2a_fast-reverse")]
         exact = [row for name, row in found.items() if not name.startswith("u2a_fast") and _is_exact(row)]
-        if not (ours and cheap and half and projected and exact):
+        if not (ours and exact):
             continue
-        rival = min(exact, key=_median_units)
+        best, rival = min(ours, key=_median_units), min(exact, key=_median_units)
         what = f"`{workload}`: {rival['label']}, the fastest exact peer, over exact u2a_fast"
-        lines.append(_goal(what, _median_units(rival) / _median_units(ours), 1.15))
-        what = f"`{workload}`: {projected['label']}, over u2a_fast, low-rank direction"
-        lines.append(_goal(what, _median_units(projected) / _median_units(cheap), 1))
-        what = f"`{workload}`: Spearman of that low rank (that projection: {projected['spearman']['all']:.2f})"
-        lines.append(_goal(what, cheap["spearman"]["all"], 0.98))
-        what = f"`{workload}`: exact u2a_fast, float32 over bfloat16"
-        lines.append(_goal(what, _median_units(ours) / _median_units(half), 3))
+        lines.append(_goal(what, _median_units(rival) / _median_units(best), least))
+        cheap, projected = found.get("u2a_fast-lowrank"), found.get("bergson-16")
+        if cheap and projected:
+            what = f"`{workload}`: {projected['label']}, over u2a_fast, low-rank direction"
+            lines.append(_goal(what, _median_units(projected) / _median_units(cheap), 1))
+            what = f"`{workload}`: Spearman of that low rank (that projection: {projected['spearman']['all']:.2f})"
+            lines.append(_goal(what, cheap["spearman"]["all"], 0.98))
+        if half := found.get("u2a_fast-forward_bf16"):
+            what = f"`{workload}`: exact u2a_fast, float32 over bfloat16"
+            lines.append(_goal(what, _median_units(best) / _median_units(half), 3))
     return _grid(GOAL_HEADER, lines)
 
 
 def _is_exact(row: Row) -> bool:
-    return row.get("truth") in ("all", "linears") and row["relative_error"] <= 1e-3
+    rounded = row.get("dtype", "float32") != "float32"
+    error, bound = (row.get("norm_error", 1.0), 0.06) if rounded else (row.get("relative_error", 1.0), 1e-3)
+    return row.get("truth") in ("all", "linears") and error <= bound
 
 
 def _median_units(row: Row) -> float:
@@ -420,13 +454,54 @@ def _peer(row: Row) -> tuple[str, ...]:
     )
 
 
+def _crossover(rows: list[Row]) -> str:
+    header = ("layer, examples", "K = 4", "K = 8", "K = 16", "product, tokens a token", "tokens a direction")
+    lines = [
+        (
+            f"`{row['case'].removesuffix('-cpu')}`",
+            *(f"{row['units'][k]:.2f}" for k in ("4", "8", "16")),
+            f"{row['product_tokens']:.2f}",
+            f"{row['direction_tokens']:.1f}",
+        )
+        for row in rows
+    ]
+    return _grid(header, lines)
+
+
+def _modes(rows: list[Row]) -> str:
+    parts = []
+    for row in rows:
+        n, listed = row["examples"], row["shortlist"]
+        lines = [
+            (f"low rank {rank}", f"{found['spearman']:.4f}", f"energy {found['energy']:.2f}")
+            for rank, found in row["lowrank"].items()
+        ]
+        lines += [
+            (f"layers, {fraction} of the cost", f"{found['spearman']:.4f}", f"blocks {found['layers']}")
+            for fraction, found in row["layers"].items()
+        ]
+        least, most = listed["recall_interval"]
+        recall = f"recall {listed['recall']:.2f} ({least:.2f} to {most:.2f})"
+        lines.append(("shortlist", "", f"{listed['rescored'] / n:.0%} scored exactly, {recall}"))
+        lines += [
+            (f"certified top k, {what}", "1 by proof", f"{share:.0%} scored exactly")
+            for what, share in row["certified"].items()
+        ]
+        parts.append(f"`{row['case']}`, {n} negatives; {row['gate']}.\n\n{_grid(('what', 'Spearman', ''), lines)}")
+    return "\n".join(parts)
+
+
 def _select(benchmark: str, device: str = "cpu") -> Callable[[list[Row]], list[Row]]:
     return lambda rows: [row for row in rows if (row["benchmark"], row["device"]) == (benchmark, device)]
 
 
 TABLES: dict[str, tuple[Callable[[list[Row]], list[Row]], Callable[[list[Row]], str]]] = {
     "goals": (
-        lambda rows: [row for row in rows if (row["benchmark"], row["case"]) in {goal[0] for goal in GOALS}],
+        lambda rows: [
+            row
+            for row in rows
+            if (row["benchmark"], row["case"]) in {goal[0] for goal in GOALS} or _is_one_direction(row)
+        ],
         _goals,
     ),
     "routes": (_select("routes"), _routes),
@@ -434,7 +509,10 @@ TABLES: dict[str, tuple[Callable[[list[Row]], list[Row]], Callable[[list[Row]], 
     "memory": (_select("memory"), _memory),
     "peers": (_select("peers"), _peers),
     "peer-goals": (_select("peers"), _peer_goals),
+    "peer-goals-cuda": (_select("peers", "cuda"), partial(_peer_goals, least=2)),
     "peers-cuda": (_select("peers", "cuda"), _peers_device),
+    "modes": (_select("modes"), _modes),
+    "crossover": (_select("crossover"), _crossover),
     "throughput": (_select("throughput", "cuda"), _throughput),
     "large": (_select("large", "cuda"), _large),
     "ops-cpu": (_select("ops"), _ops),
@@ -442,12 +520,17 @@ TABLES: dict[str, tuple[Callable[[list[Row]], list[Row]], Callable[[list[Row]], 
 }
 
 
+UNMEASURED = "unmeasured"  # of no machine
+
+
 def render(text: str, rows: list[Row]) -> str:
     """``text`` with every table as ``rows`` have it. ValueError for a table of no known name."""
 
     def replace(match: re.Match[str]) -> str:
+        if match["name"] == UNMEASURED:
+            return f"{match[1]}{_unmeasured(rows)}{match[3]}"
         if match["name"] not in TABLES:
-            raise ValueError(f"[tables] expected a table out of {list(TABLES)}, got {match['name']!r}")
+            raise ValueError(f"[tables] expected a table out of {[UNMEASURED, *TABLES]}, got {match['name']!r}")
         select, table = TABLES[match["name"]]
         return f"{match[1]}{_by_machine(select(rows), table)}{match[3]}"
 

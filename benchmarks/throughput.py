@@ -27,6 +27,7 @@ from benchmarks.workloads import random_examples
 from u2a_fast.bench.models import model_config
 from u2a_fast.bench.rows import Row, make_row, write_rows
 from u2a_fast.bench.timing import Spread, alternate, ratios
+from u2a_fast.data.packing import Example
 from u2a_fast.influence.routes import make_pass
 from u2a_fast.models.decoder import Decoder
 
@@ -34,6 +35,7 @@ __all__ = ["main", "measure"]
 
 ROUTES = ("forward", "reverse")
 AGREEMENT, HALF_AGREEMENT = 1e-4, 6e-2
+GEMM = {"cuda": 8192, "cpu": 1024}  # rows of the square product
 GATE_LAYERS, GATE_EXAMPLES, GATE_TOKENS = 2, 4, 32
 
 
@@ -75,6 +77,23 @@ def _gate(config: Any, device: str) -> str:
     )
 
 
+def forward_flops(config: Any, layers: int, decoder: Decoder, examples: Sequence[Example]) -> float:
+    """Of a forward pass's products: linear layers, causal attention, the head on scored tokens."""
+    packed = decoder.pack(examples)
+    blocks = [m for name, m in decoder.model.named_modules() if isinstance(m, nn.Linear) and name != decoder.head_path]
+    head = decoder.head_module.weight.numel()
+    pairs = sum(len(example["input_ids"]) ** 2 / 2 for example in examples)
+    width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    attention = 4.0 * pairs * width * layers
+    tokens = sum(len(example["input_ids"]) for example in examples)
+    return 2.0 * tokens * sum(m.weight.numel() for m in blocks) + attention + 2.0 * len(packed.target) * head
+
+
+def _share(flops: float, seconds: list[float], gemm: list[float], n: int) -> Spread:
+    """The rate over that of a square product of n rows."""
+    return Spread.of([flops / own / (2 * n**3 / base) for own, base in zip(seconds, gemm, strict=True)])
+
+
 def measure(
     like: str, device: str, *, tokens: int = 512, batch: int = 32, rounds: int = 3, layers: int | None = None
 ) -> Row:
@@ -94,12 +113,16 @@ def measure(
     def unit(_: int) -> object:
         return forward_full_head(decoder, examples)
 
+    square = torch.randn(*(GEMM[device],) * 2, device=device, dtype=torch.bfloat16)
+
     def timed(mode: str) -> dict[str, list[float]]:
         passes, _ = make_pass(model, [v], mode=mode)
+        tasks = {"unit": unit, "scoring": lambda _: passes(examples), "gemm": lambda _: square @ square}
         with passes.running():
-            return alternate({"unit": unit, "scoring": lambda _: passes(examples)}, rounds=rounds, device=device)
+            return alternate(tasks, rounds=rounds, device=device)
 
     # One after the other: each holds a copy of the direction.
+    flops = 3 * forward_flops(config, layers or config.num_hidden_layers, decoder, examples)
     found = {mode: attempt(f"{like} {mode}", partial(timed, mode)) for mode in ROUTES}
     seconds = {mode: times for mode, times in found.items() if times}
     values = {
@@ -109,6 +132,7 @@ def measure(
         "batch": batch,
         "tokens_per_second": {mode: tokens * batch / Spread.of(t["scoring"]).p50 for mode, t in seconds.items()},
         "units": {mode: ratios(t["scoring"], t["unit"]).to_list() for mode, t in seconds.items()},
+        "of_gemm": {mode: _share(flops, t["scoring"], t["gemm"], len(square)).to_list() for mode, t in seconds.items()},
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None,
     }
     name = like.rpartition("/")[2] + (f"-{layers}layers" if layers else "")
@@ -143,7 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{row['case']}: {row['parameters'] / 1e9:.2f} G parameters; {row['gate']}")
     for mode, rate in row["tokens_per_second"].items():
         p20, p50, p80 = row["units"][mode]
-        print(f"  {mode:<8} {rate:,.0f} tokens/s, {p50:.2f} units ({p20:.2f} to {p80:.2f})")
+        share = row["of_gemm"][mode][1]
+        print(f"  {mode:<8} {rate:,.0f} tokens/s, {p50:.2f} units ({p20:.2f} to {p80:.2f}), {share:.0%} of the product")
     if options.out and row["units"]:
         write_rows(options.out, [row])
     return int(len(row["units"]) < len(ROUTES))

@@ -164,8 +164,13 @@ def test_sanitize_and_slowest_choose_and_run(tmp_path: Path) -> None:
         make_row("ops", f"{case.id}-cpu", {"of_limit": share}, gate="") for case, share in ((first, 0.5), (second, 0.2))
     ]
     assert slowest.slowest(rows, "cpu") == second
-    with pytest.raises(ValueError, match="expected rows of ops on cuda"):
+    with pytest.raises(ValueError, match="expected rows of benchmarks.run on cuda"):
         slowest.slowest(rows, "cuda")
+    write_rows(tmp_path / "rows.jsonl", rows)
+    assert slowest.main(["--rows", str(tmp_path / "rows.jsonl"), "--profile"]) == 0
+    write_rows(tmp_path / "others.jsonl", [make_row("ops", "another-cpu", {"of_limit": 0.1}, gate="")])
+    with pytest.raises(SystemExit):
+        slowest.main(["--rows", str(tmp_path / "others.jsonl")])
 
 
 def test_crossover_reads_both_constants_from_the_times() -> None:
@@ -204,7 +209,7 @@ def test_all_measures_every_benchmark_on_one_thread(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(all_benchmarks, "describe", lambda device: {})
     assert all_benchmarks.main() == 1, "one of them failed"
     assert [command[2] for command in commands] == [
-        f"benchmarks.{name}" for name in ("routes", "score", "memory", "run")
+        f"benchmarks.{name}" for name in ("routes", "score", "memory", "modes", "crossover", "run")
     ]
     assert all(command[3:] == ["--out", str(results_file)] for command in commands)
 
@@ -243,6 +248,7 @@ def test_tables_from_rows(
     points.append(make_row("memory", "negatives-7", {"axis": "negatives", "size": 7, "peak_mib": 3.0}, gate="yes"))
     routes_row, green = routes.BUILDERS["llama"](tiny, 1)
     assert green and set(routes_row["units"]) == {"forward fp32", "reverse fp32", "forward bf16", "reverse bf16"}
+    points += [*crossover.crossover_rows(2, tokens=64, examples=2, layers=((16, 24),)), _modes_row()]
     points += [routes_row] + [make_row("peers", f"tiny-{row['label']}", row, gate="yes") for row in _peer_rows()]
     page, rows = tmp_path / "page.md", tmp_path / "rows"
     write_rows(rows / "machine.jsonl", [scoring_row, ops_row, *points])
@@ -255,7 +261,12 @@ def test_tables_from_rows(
     assert "public U2A procedure, padded" in text and "| 9 | 3 | 4 |" in text and "at most 3.1" in text
     assert "| one direction, 20 M Llama: forward fp32 |" in text
     assert "| **u2a_fast, reverse** | 3.00 (2.90 to 3.20) | 2.50 |" in text and "* other (thing 1.0): it broke" in text
-    assert text.count(tables.EMPTY) == 4, "only the GPU has no rows"
+    assert (
+        "| low rank 16 | 0.9900 | energy 0.70 |" in text
+        and "| certified top k, rank 16, k = 1 | 1 by proof | 50%" in text
+    )
+    assert "| `16-24-64x2-float32` |" in text
+    assert text.count(tables.EMPTY) == 5, "only the GPU has no rows"
     with pytest.raises(ValueError, match="expected a table out of"):
         tables.render("<!-- table: other -->\n<!-- /table -->", [])
 
@@ -286,6 +297,9 @@ def test_goals_against_peers_come_from_their_rows() -> None:
         row("bergson-16", 1.0, 0.5, 0.25),
         {"case": "tiny-broken", "workload": "tiny", "label": "broken", "error": "it broke"},
     ]
+    rounded = [{**row, "dtype": "bfloat16", "norm_error": 1e-2} for row in rows if "truth" in row]
+    assert "slow, the fastest exact peer" not in tables._peer_goals(rounded, least=2)
+    assert "| at least 2 | 1.5 | **no** |" in tables._peer_goals(rows, least=2)
     assert tables._peer_goals(rows).splitlines()[2:] == [
         "| `tiny`: linears, the fastest exact peer, over exact u2a_fast | at least 1.15 | 1.5 | yes |",
         "| `tiny`: bergson-16, over u2a_fast, low-rank direction | at least 1 | 0.6667 | **no** |",
@@ -309,7 +323,7 @@ def test_throughput_gives_a_row(tiny_config: str, tmp_path: Path, capsys: pytest
     assert (row["layers"], row["tokens"], row["batch"]) == (3, 16, 2)
     assert set(row["units"]) == set(row["tokens_per_second"]) == {"forward", "reverse"}
     lines = tables._throughput([row]).splitlines()
-    assert len(lines) == 4 and "2 examples of 16 tokens" in lines[2]
+    assert len(lines) == 4 and "2 examples of 16 tokens" in lines[2] and lines[2].endswith("% |")
     assert "tokens/s" in capsys.readouterr().out
 
 
@@ -370,6 +384,17 @@ def _peer_rows() -> list[dict[str, Any]]:
         common | timed | agreement | {"label": "u2a_fast, reverse"},
         common | {"label": "other", "package": "thing==1.0", "error": "it broke"},
     ]
+
+
+def _modes_row() -> Row:
+    values = {
+        "examples": 8,
+        "lowrank": {"16": {"spearman": 0.99, "energy": 0.7}},
+        "layers": {"0.5": {"spearman": 0.9, "layers": [1]}},
+        "shortlist": {"rescored": 4, "recall": 1.0, "recall_interval": [0.5, 1.0]},
+        "certified": {"rank 16, k = 1": 0.5},
+    }
+    return make_row("modes", "tiny", values, gate="yes")
 
 
 def _mib() -> dict[str, float]:

@@ -205,7 +205,9 @@ def test_a_recipe_gives_the_same_task_everywhere(dtype: str, tmp_path: Path) -> 
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors", ".safetensors"]
 
 
-@pytest.mark.parametrize("name", ["public", "torch-jvp", "torch-vmap", "u2a_fast-forward", "u2a_fast-lowrank", "grass"])
+@pytest.mark.parametrize(
+    "name", ["public", "hooks", "hooks-1", "torch-jvp", "torch-vmap", "u2a_fast-forward", "u2a_fast-lowrank", "grass"]
+)
 def test_contestants_run_in_half_precision(name: str) -> None:
     task, contestant = on_device.make_task(TINY, "cpu", "bfloat16"), BY_NAME[name]
     truth = truths(task, torch.float32)

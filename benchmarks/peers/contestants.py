@@ -65,6 +65,8 @@ CONTESTANTS: tuple[Contestant, ...] = (
     Contestant("public_padded", "public U2A procedure, padded to 256", "plain", "public_padded", rounds=3),
     Contestant("public", "public U2A procedure, unpadded", "plain", "public"),
     Contestant("torch-jvp", "torch.func.jvp, eager attention", "plain", "forward_jvp"),
+    Contestant("hooks", "hooks, plain PyTorch", "plain", "hooks"),
+    Contestant("hooks-1", "hooks, plain PyTorch, one at a time", "plain", "hooks_single"),
     Contestant("torch-vmap", "torch.func vmap(grad)", "plain", "vmap_grad", rounds=3),
     Contestant("bergson", "bergson, unprojected", "bergson", "unprojected", "bergson", "linears"),
     Contestant("bergson-jvp", 'bergson, token_influence="output"', "bergson", "output", "bergson", "linears"),

@@ -36,6 +36,7 @@ FIRST = ("forward", "u2a_fast-forward", "u2a_fast-reverse")  # the unit and the 
 ORDER = (
     *FIRST,
     "public",
+    "hooks",
     "bergson-jvp",
     "bergson",
     "kronfluence",

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
 from benchmarks.peers.task import Example, Scorer, Task, mean_nll, ordered
@@ -58,6 +58,38 @@ def vmap_grad(task: Task) -> Scorer:
 
     # end
     return lambda examples: ordered(task, examples, derivatives)
+
+
+def hooks(task: Task, size: int | None = None) -> Scorer:
+    """Activation-only backward with hooks: every module's tangent, its weights replaced by the direction, times g."""
+    model, direction = task.model, task.direction
+    # user code: hooks hooks_single
+    model.requires_grad_(False)
+    tangents = {id(p): direction[name] for name, p in model.named_parameters()}
+    parts: list[Tensor] = []
+
+    def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        own = {name: tangents[id(p)] for name, p in module.named_parameters(recurse=False)}
+        dy = functional_call(module, own, args)
+        output.requires_grad_().register_hook(lambda g: parts.append((g * dy).flatten(1).sum(1)))
+
+    def derivatives(ids: Tensor, labels: Tensor) -> Tensor:
+        watched = [m for m in model.modules() if list(m.parameters(recurse=False))]
+        handles = [m.register_forward_hook(watch) for m in watched]
+        nll = mean_nll(model(ids, use_cache=False).logits, labels)
+        for handle in handles:
+            handle.remove()
+        parts.clear()
+        nll.sum().backward()
+        return torch.stack(parts).sum(0)
+
+    # end
+    return lambda examples: ordered(task, examples, derivatives, size=size)
+
+
+def hooks_single(task: Task) -> Scorer:
+    """The same one example at a time, without padding."""
+    return hooks(task, size=1)
 
 
 def public(task: Task, padded: int | None = None) -> Scorer:
