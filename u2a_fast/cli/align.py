@@ -12,6 +12,7 @@ from u2a_fast.cli import options as o
 from u2a_fast.cli.select import selection_settings
 from u2a_fast.cli.session import (
     claim_folder,
+    note_skipped,
     progress,
     refuse_existing,
     remove_results,
@@ -19,7 +20,7 @@ from u2a_fast.cli.session import (
     verb,
     write_skipped,
 )
-from u2a_fast.cli.signal import check_signal
+from u2a_fast.cli.signal import check_signal, refuse_few_rows
 from u2a_fast.cli.train import load_trainable, read_retain, refuse_input, start_record, unlearn_config
 from u2a_fast.data import Negatives
 from u2a_fast.influence.objectives import Objective
@@ -43,6 +44,8 @@ def align(context: typer.Context) -> None:
     config = align_config(p)
     tokenizer, settings = inputs.tokenization(p)
     rows = inputs.read_objective_rows(p, tokenizer, settings)
+    if p["signal_check"]:
+        refuse_few_rows(rows)
     retain = read_retain(p, tokenizer, settings)
     negatives = inputs.read_the_negatives(p, tokenizer, settings)
     sources = [source for source in (rows, negatives, retain) if source is not None]
@@ -62,6 +65,7 @@ def align(context: typer.Context) -> None:
     write_skipped(out, *sources)
     shown = _result(result)
     record.finish(shown)
+    note_skipped(*sources)
     show_result(shown, as_json=p["json_output"])
 
 

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError
 
 from u2a_fast.data import Negatives, Rows
+from u2a_fast.influence.derivatives import is_out_of_memory
 from u2a_fast.manifest import read_options, recorded_command
 from u2a_fast.store import lock_folder, write_text
 
@@ -26,6 +27,7 @@ __all__ = [
     "command_name",
     "load_config",
     "note",
+    "note_skipped",
     "progress",
     "refuse_existing",
     "remove_results",
@@ -58,8 +60,8 @@ def verb(*groups: Mapping[str, tuple[Any, Any]], resume: str) -> Callable[[Calla
             except KeyboardInterrupt:
                 note(f"interrupted: {resume}")
                 raise typer.Exit(INTERRUPTED) from None
-            except (ValueError, TypeError, OSError, FloatingPointError, NotImplementedError, *OUTSIDE) as error:
-                if context.params["debug"]:
+            except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError, *OUTSIDE) as error:
+                if context.params["debug"] or not _is_expected(error):
                     raise
                 note(f"error: {error}")
                 raise typer.Exit(USER_ERROR) from None
@@ -75,6 +77,12 @@ def verb(*groups: Mapping[str, tuple[Any, Any]], resume: str) -> Callable[[Calla
         return command
 
     return decorate
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether an error is the user's or the machine's: of RuntimeErrors, what PyTorch says where memory is full."""
+    known = (NotImplementedError, *OUTSIDE)
+    return not isinstance(error, RuntimeError) or isinstance(error, known) or is_out_of_memory(error)
 
 
 def command_name(context: typer.Context) -> str:
@@ -182,9 +190,13 @@ def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
 
 
 def write_skipped(out: Path, *sources: Negatives | Rows) -> None:
-    """List the rows that were left out in ``out/skipped.jsonl``, which is empty if none was; say so on stderr."""
+    """List the rows that were left out in ``out/skipped.jsonl``, which is empty if none was."""
     bad = [row for source in sources for row in source.report.bad]
     write_text(out / "skipped.jsonl", "".join(json.dumps(row.to_dict(), ensure_ascii=False) + "\n" for row in bad))
+
+
+def note_skipped(*sources: Negatives | Rows) -> None:
+    """Say on stderr how many rows were left out, and how many prompts cut."""
     for report in (source.report for source in sources):
         if report.bad_count:
             note(f"{report.reader}: {report.bad_count} bad rows left out, listed in skipped.jsonl")

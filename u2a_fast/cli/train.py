@@ -12,6 +12,7 @@ from u2a_fast.cli import inputs
 from u2a_fast.cli import options as o
 from u2a_fast.cli.session import (
     claim_folder,
+    note_skipped,
     progress,
     refuse_existing,
     remove_results,
@@ -65,6 +66,7 @@ def unlearn(context: typer.Context) -> None:
     shown = {name: getattr(result, name) for name in ("steps", "stopped_by_drift", "nll_before", "nll_after", "drift")}
     shown = {"model": str(result.model_dir), **shown}
     record.finish(shown)
+    note_skipped(*sources)
     show_result(shown, as_json=p["json_output"])
 
 
