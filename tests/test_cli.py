@@ -338,6 +338,15 @@ def test_a_run_stopped_while_it_ends_is_finished_by_the_next(home, scored, tmp_p
         assert (out / file).read_bytes() == (scored / file).read_bytes()
 
 
+def test_a_damaged_signal_of_a_resumed_run_is_named(home, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        stop_at_the_end(patched, after=False)
+        run(*scoring(home, out), code=130)
+    (out / "signal.json").write_text("{half")
+    assert f"expected JSON, got {out / 'signal.json'}" in error_line(run(*scoring(home, out), code=2))
+
+
 def test_what_is_refused_overwrites_nothing(home, tmp_path):
     out = tmp_path / "out"
     run(*scoring(home, out))
@@ -568,6 +577,8 @@ def test_the_model_given_is_never_replaced(home, tmp_path, verb):
 def test_a_model_of_somebody_else_is_not_replaced(home, tmp_path):
     (tmp_path / "model").mkdir()
     assert "holds model: pass --overwrite" in error_line(run(*unlearning(home, tmp_path), code=2))
+    run(*unlearning(home, tmp_path, "--max-steps", 1, "--overwrite"))
+    assert (tmp_path / "model" / "model.safetensors").exists()
 
 
 def test_two_runs_do_not_share_a_folder(home, scored, tmp_path):

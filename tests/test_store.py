@@ -252,6 +252,35 @@ def test_a_journal_gives_back_the_bits_that_it_was_given(tmp_path):
     assert not (tmp_path / "parts").exists()
 
 
+@pytest.mark.parametrize("content", [b"", b"junk"])
+def test_a_damaged_window_is_named(tmp_path, content):
+    score_to_parquet(CountingScorer(), rows(9), tmp_path / "whole", window=3)
+    with pytest.raises(KeyboardInterrupt):
+        score_to_parquet(CountingScorer(7), rows(9), tmp_path / "out", window=3)
+    part = tmp_path / "out" / "parts" / "part-000001.parquet"
+    part.write_bytes(content)
+    with pytest.raises(ValueError, match=r"expected a finished window, got .*part-000001\.parquet: .*is scored again"):
+        score_to_parquet(CountingScorer(), rows(9), tmp_path / "out", window=3)
+    part.unlink()
+    made = score_to_parquet(CountingScorer(), rows(9), tmp_path / "out", window=3)
+    assert made.path.read_bytes() == (tmp_path / "whole" / "scores.parquet").read_bytes()
+    journal = Journal(tmp_path / "journal")
+    journal.rows("exact pass", np.arange(3), lambda: {"score": np.arange(3.0)})
+    (tmp_path / "journal" / "parts" / "exact-pass-000000.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"got .*exact-pass-000000\.parquet"):
+        Journal(tmp_path / "journal").rows("exact pass", np.arange(3), lambda: {})
+
+
+@pytest.mark.parametrize(("content", "words"), [("{half", "expected JSON"), ("[]", "with"), ("{}", "damaged")])
+def test_a_damaged_manifest_is_named(tmp_path, content, words):
+    with pytest.raises(KeyboardInterrupt):
+        score_to_parquet(CountingScorer(7), rows(9), tmp_path, window=3)
+    (tmp_path / "parts" / "manifest.json").write_text(content)
+    for go_on in (Journal, partial(score_to_parquet, CountingScorer(), rows(9))):
+        with pytest.raises(ValueError, match=f"{words}.*manifest.json|manifest.json.*{words}"):
+            go_on(tmp_path, window=3)
+
+
 def test_a_journal_of_another_run_is_refused(tmp_path):
     at = np.arange(4)
     journal(tmp_path).rows("a pass", at, lambda: columns(at))

@@ -15,7 +15,6 @@ from u2a_fast.cli.session import (
     note_skipped,
     progress,
     refuse_existing,
-    remove_results,
     show_result,
     verb,
     write_skipped,
@@ -28,7 +27,7 @@ from u2a_fast.unlearning import AlignConfig, AlignResult
 from u2a_fast.unlearning import align as run_align
 
 FINISHED = ("model",)  # written last
-RESULTS = (*FINISHED, "metrics.json", "align.json", "signal.json", "round-*")
+MORE = ("metrics.json", "align.json", "signal.json", "round-*")
 
 
 @verb(
@@ -51,9 +50,7 @@ def align(context: typer.Context) -> None:
     sources = [source for source in (rows, negatives, retain) if source is not None]
     model, tokenizer = load_trainable(p)
     objective = inputs.make_objective(p, rows)
-    claim_folder(context, FINISHED)
-    if p["overwrite"]:
-        remove_results(out, RESULTS)
+    claim_folder(context, FINISHED, MORE)
     resolved = {"objective": inputs.objective_kind(p), "objective_reduction": objective.reduction}
     record = start_record(context, "align", settings, inputs.data_files(*sources), **resolved)
     if p["signal_check"]:

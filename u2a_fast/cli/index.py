@@ -19,7 +19,6 @@ from u2a_fast.cli.session import (
     note_skipped,
     progress,
     refuse_existing,
-    remove_results,
     run_options,
     show_result,
     verb,
@@ -77,9 +76,7 @@ def build(context: typer.Context) -> None:
     model, _ = load_model(p["model"], device=place, adapter=p["adapter"])
     indexed_weights(model, inputs.parameter_selection(p["parameters"]))
     examples = list(negatives)  # a stream's bad rows end here, before any work
-    claim_folder(context, BUILT)
-    if p["overwrite"]:
-        remove_results(out, (*BUILT, GRADIENTS))
+    claim_folder(context, BUILT, (GRADIENTS,))
     record = RunRecord.start("index build", used, out, device=str(place), hashes=hashes)
     found, resumed = _build(p, model, examples)
     write_skipped(out, negatives)

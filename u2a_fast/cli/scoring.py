@@ -15,7 +15,6 @@ from u2a_fast.cli.session import (
     note,
     note_skipped,
     progress,
-    remove_results,
     run_options,
     show_result,
     write_skipped,
@@ -75,9 +74,7 @@ class ScoringRun:
     def start(self) -> None:
         """Claim the folder, clear it for ``--overwrite``, begin run.yaml and check the signal."""
         p, out = self._context.params, self._context.params["out"]
-        claim_folder(self._context, RESULTS)
-        if p["overwrite"]:
-            remove_results(out, ("signal.json", *RESULTS, "parts"))
+        claim_folder(self._context, RESULTS, ("signal.json", "parts"))
         self._record = RunRecord.start(
             command_name(self._context),
             self._used,

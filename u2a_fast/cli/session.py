@@ -30,7 +30,6 @@ __all__ = [
     "note_skipped",
     "progress",
     "refuse_existing",
-    "remove_results",
     "run_options",
     "show_result",
     "verb",
@@ -154,15 +153,21 @@ def refuse_existing(context: typer.Context, names: tuple[str, ...]) -> None:
         raise FileExistsError(f"--out: {out} holds a run of {other!r}: choose another folder, or pass --overwrite")
 
 
-def claim_folder(context: typer.Context, names: tuple[str, ...]) -> None:
-    """Make ``--out`` and keep other runs out of it until the verb ends; refuse what one has written meanwhile."""
-    context.params["out"].mkdir(parents=True, exist_ok=True)
-    context.call_on_close(lock_folder(context.params["out"]))
+def claim_folder(context: typer.Context, names: tuple[str, ...], more: tuple[str, ...] = ()) -> None:
+    """Make ``--out`` and keep other runs out of it until the verb ends; refuse what one has written meanwhile.
+
+    ``names`` are the results that nothing but ``--overwrite`` replaces; with it they are removed here, and so is what
+    else (``more``, patterns) earlier runs of the verb wrote.
+    """
+    out = context.params["out"]
+    out.mkdir(parents=True, exist_ok=True)
+    context.call_on_close(lock_folder(out))
     refuse_existing(context, names)
+    if context.params["overwrite"]:
+        _remove(out, {*names, *more})
 
 
-def remove_results(out: Path, patterns: tuple[str, ...]) -> None:
-    """Remove what earlier runs of a verb wrote into ``out``, and nothing else."""
+def _remove(out: Path, patterns: set[str]) -> None:
     for path in [path for pattern in patterns for path in out.glob(pattern)]:
         if path.is_dir():
             shutil.rmtree(path)

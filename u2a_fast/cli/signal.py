@@ -13,7 +13,7 @@ from u2a_fast.cli.session import note
 from u2a_fast.data import Negatives, Rows
 from u2a_fast.influence.scorer import InfluenceScorer
 from u2a_fast.influence.signal import check_rows, signal_check
-from u2a_fast.store import write_text
+from u2a_fast.store import read_json, write_text
 
 __all__ = ["check_signal", "refuse_few_rows"]
 
@@ -40,7 +40,7 @@ def check_signal(
     """Check the signal, or read the check of the run that is ``resumed``; print it and store it in signal.json."""
     path = out / "signal.json"
     if resumed and path.exists():
-        signal = json.loads(path.read_text(encoding="utf-8"))
+        signal = read_json(path, ("cosine", "cosine_ci", "spearman", "warning"))
     else:
         with _way_out():
             report = signal_check(scorer, _sample(negatives, SIGNAL_SAMPLE, seed), seed=seed)

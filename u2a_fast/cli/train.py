@@ -15,7 +15,6 @@ from u2a_fast.cli.session import (
     note_skipped,
     progress,
     refuse_existing,
-    remove_results,
     run_options,
     show_result,
     verb,
@@ -54,10 +53,8 @@ def unlearn(context: typer.Context) -> None:
     rows, weights, files = _weighted(negatives, p["selection"])
     sources = [source for source in (negatives, retain) if source is not None]
     model, tokenizer = load_trainable(p)
-    claim_folder(context, finished)
+    claim_folder(context, finished, ("model", "checkpoints"))
     record = start_record(context, "unlearn", settings, [*files, *inputs.data_files(*sources)])
-    if p["overwrite"]:
-        remove_results(out, (*FINISHED, "model", "checkpoints"))
     with progress("unlearning") as update:
         result = run_unlearn(
             model, tokenizer, rows, weights, config=config, retain=retain, output_dir=out, on_progress=update

@@ -1,14 +1,16 @@
 """Files that are either whole or absent, whatever kills the process."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 if os.name == "posix":
     import fcntl
 
-__all__ = ["lock_folder", "sha256_of_file", "sha256_of_files", "write_atomically", "write_text"]
+__all__ = ["lock_folder", "read_json", "sha256_of_file", "sha256_of_files", "write_atomically", "write_text"]
 
 
 def write_atomically(
@@ -45,6 +47,17 @@ def _fill(path: Path, temporary: Path, write: Callable[[Path], None]) -> None:
 def write_text(path: Path, text: str, *, before_rename: Callable[[], object] | None = None) -> None:
     """Write ``text`` as UTF-8, as ``write_atomically`` does."""
     write_atomically(path, lambda temporary: _write_text(temporary, text), before_rename=before_rename)
+
+
+def read_json(path: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
+    """The JSON object in the file ``path``; ValueError, with the file's name, where it is none or lacks ``keys``."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"[store] expected JSON, got {path}: {error}") from error
+    if not isinstance(found, dict) or not set(keys) <= found.keys():
+        raise ValueError(f"[store] expected a JSON object with {list(keys)}, got {path}: it is damaged or another's")
+    return found
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from u2a_fast.store.files import write_atomically, write_text
+from u2a_fast.store.files import read_json, write_atomically, write_text
 
 __all__ = [
     "SCHEMA",
@@ -27,6 +27,7 @@ __all__ = [
     "Scorer",
     "check_target",
     "claim_parts",
+    "read_part",
     "read_scores",
     "read_table",
     "score_to_parquet",
@@ -71,7 +72,7 @@ def check_target(out_dir: Path | str, fingerprint: Mapping[str, Any], *, window:
     path = out / "parts" / "manifest.json"
     if not path.exists():
         return
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = read_json(path, ("key", "content"))
     wanted = _manifest(fingerprint, window)
     if stored["key"] != wanted["key"]:
         raise FileExistsError(
@@ -106,7 +107,8 @@ def score_to_parquet(
     start and after each window; total is None for a stream. ``before_rename(summary)`` is called once all scores are
     on disk, before the file is there: a run that is killed until then goes on where it was.
     Raises FileExistsError as ``check_target`` does, unless ``overwrite``, which removes what was there, and where the
-    finished windows hold other negatives than these; ValueError for a scorer whose rows depend on all negatives.
+    finished windows hold other negatives than these; ValueError for a scorer whose rows depend on all negatives, and
+    for a damaged window.
     """
     if getattr(scorer, "mode", None) == "shortlist":
         raise ValueError(
@@ -236,7 +238,17 @@ def _part_files(parts: Path) -> list[Path]:
 
 
 def _finished_rows(parts: Path) -> int:
-    return sum(pq.read_metadata(part).num_rows for part in _part_files(parts))
+    return sum(read_part(part, columns=["id"]).num_rows for part in _part_files(parts))
+
+
+def read_part(path: Path, **options: Any) -> pa.Table:
+    """A finished window; ValueError, with the file's name and the way out, where it is damaged."""
+    try:
+        return pq.read_table(path, **options)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"[score] expected a finished window, got {path}: {error}; without this file its window is scored again"
+        ) from error
 
 
 def _windows(negatives: Iterable[Mapping[str, Any]], window: int) -> Iterator[list[Mapping[str, Any]]]:
@@ -246,7 +258,7 @@ def _windows(negatives: Iterable[Mapping[str, Any]], window: int) -> Iterator[li
 
 
 def _check_part(part: Path, rows: list[Mapping[str, Any]]) -> None:
-    stored = pq.read_table(part, columns=["id"]).column("id").to_pylist()
+    stored = read_part(part, columns=["id"]).column("id").to_pylist()
     if stored != [str(row["id"]) for row in rows]:
         raise FileExistsError(f"[score] {part} holds scores of other negatives: pass overwrite to start anew")
 
@@ -287,7 +299,7 @@ def _merge(out: Path, resumed_rows: int, report: Any, before_rename: Finish | No
         nonlocal rows, nonfinite
         with pq.ParquetWriter(temporary, SCHEMA) as writer:
             for part in parts:
-                table = pq.read_table(part, schema=SCHEMA)
+                table = read_part(part, schema=SCHEMA)
                 writer.write_table(table)
                 bad = _nonfinite(table)
                 rows, nonfinite = rows + table.num_rows, nonfinite + len(bad)
