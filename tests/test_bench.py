@@ -324,6 +324,12 @@ def test_a_panel_for_every_machine(tmp_path: Path) -> None:
         (("list", "--tokens", "8"), "with --shape or --like"),
         (("list", "--dtype", "fp16"), "for float16, which has no cases of its own"),
         (("list", "--like", "meta-llama/Llama-3.2-2B"), "(meta-llama/Llama-3.2-"),
+        (("list", "--shape", f"N={2**31},I=3,O=3"), "[bench] expected --shape as letters and sizes"),
+        (("list", "--like", "", "--op", "ghost_dot"), "[bench] expected a config.json"),
+        (("list", "--shape", "I=3,O=3", "--lengths", ""), "[bench] expected --lengths as tokens"),
+        (("list", "--shape", "I=3,O=3", "--lengths", f"{10**30}"), "[bench] expected --lengths as tokens"),
+        (("list", "--shape", "I=3,O=3", "--tokens", f"{10**30}"), "less than or equal to 2147483647"),
+        (("run", "--threads", "1000000", *TINY), "--threads, the machine's, got 1000000"),
         (("list", "--like", "no/such-model"), "or a path of a config.json, got 'no/such-model'"),
         (("run", "--plot", "x.gif", *TINY), "named .png or .svg, got 'x.gif'"),
         (("compare", "absent.jsonl", "absent.jsonl"), "no such file: absent.jsonl"),
@@ -389,8 +395,15 @@ def test_what_cannot_be_written_is_refused_before_any_work(monkeypatch: pytest.M
     assert "got the folder" in bench("run", *TINY, "--out", tmp_path, code=2).stderr
     (tmp_path / "rows.jsonl").write_text("no rows\n")
     assert "line 1" in bench("run", *TINY, "--out", tmp_path / "rows.jsonl", code=2).stderr
+    for name in ("--out", "--plot"):
+        assert "rows.jsonl" in bench("run", *TINY, name, tmp_path / "rows.jsonl" / "x.png", code=2).stderr
     if not torch.cuda.is_available():
         assert "expected a CUDA device" in bench("run", *TINY, "--device", "cuda", code=2).stderr
+
+
+def test_a_case_that_memory_does_not_hold_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(testing, "inputs", lambda *_: torch.empty(2**60))
+    assert "DefaultCPUAllocator" in bench("run", *TINY, code=2).stderr
 
 
 # Where a row comes from

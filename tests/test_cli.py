@@ -18,6 +18,7 @@ from tiny_files import save_tiny_model, tiny_model
 from typer.testing import CliRunner
 
 from u2a_fast.cli import app
+from u2a_fast.manifest import RunRecord
 from u2a_fast.models.loading import load_model
 from u2a_fast.store import lock_folder, read_scores, read_selection
 
@@ -300,6 +301,78 @@ def test_interrupted_scoring_resumes_to_the_same_bytes(home, long_run, tmp_path,
     assert (tmp_path / "out" / "scores.parquet").read_bytes() == (whole / "scores.parquet").read_bytes()
 
 
+def stop_at_the_end(monkeypatch, after: bool) -> None:
+    """Ctrl-C in the moment in which a run records its end: before run.yaml is written, or after it."""
+    finish = RunRecord.finish
+
+    def stopped(record: RunRecord, result) -> None:
+        if after:
+            finish(record, result)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunRecord, "finish", stopped)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("verb", ["score", "select", "evaluate"])
+def test_a_run_stopped_while_it_ends_is_finished_by_the_next(home, scored, tmp_path, monkeypatch, verb, after):
+    """What says that all is done comes last, so that the same command is not told that it is done."""
+    out = tmp_path / "out"
+    arguments, file = {
+        "score": (scoring(home, out), "scores.parquet"),
+        "select": (["select", "--scores", scored, "--k", 5, "--out", out], "selection.parquet"),
+        "evaluate": (
+            ["evaluate", "--model", home / "model", "--preferences", home / "preferences.jsonl", "--out", out],
+            "metrics.json",
+        ),
+    }[verb]
+    with monkeypatch.context() as patched:
+        stop_at_the_end(patched, after)
+        assert "interrupted:" in run(*arguments, code=130).stderr
+    assert not (out / file).exists()
+    made = json.loads(run(*arguments, "--json").stdout)
+    assert made.get("resumed_rows", 40) == 40 and (out / file).exists()
+    assert {path.name for path in out.iterdir()} <= {file, "run.yaml", "signal.json", "skipped.jsonl"}
+    assert yaml.safe_load((out / "run.yaml").read_text())["finished"]
+    if verb == "score":
+        assert (out / file).read_bytes() == (scored / file).read_bytes()
+
+
+def test_a_damaged_signal_of_a_resumed_run_is_named(home, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        stop_at_the_end(patched, after=False)
+        run(*scoring(home, out), code=130)
+    (out / "signal.json").write_text("{half")
+    assert f"expected JSON, got {out / 'signal.json'}" in error_line(run(*scoring(home, out), code=2))
+
+
+def test_what_is_refused_overwrites_nothing(home, tmp_path):
+    out = tmp_path / "out"
+    run(*scoring(home, out))
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    few = write_rows(tmp_path / "p.jsonl", [{"prompt": "p", "chosen": "yes", "rejected": "no"}])
+    for options, words in [
+        (["--curvature", "fisher", "--damping", 0], "expected a finite damping > 0, got 0.0"),
+        (["--preferences", few], "expected at least 4 preference rows, got 1 (--no-signal-check goes on without it)"),
+    ]:
+        assert words in error_line(run(*scoring(home, out, "--overwrite", *options), code=2))
+        assert {path: path.read_bytes() for path in out.iterdir()} == before
+    assert "at least 4 preference rows" in error_line(
+        run(*aligning(home, tmp_path / "a", "--preferences", few), code=2)
+    )
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_empty_out_is_no_folder(home, scored, tmp_path, monkeypatch):
+    """It is what a shell makes of a variable that is not set; as a path it would be the current folder."""
+    monkeypatch.chdir(tmp_path)
+    for arguments in (scoring(home, Path("x")), aligning(home, Path("x")), ["select", "--scores", scored, "--k", 2]):
+        result = run(*[a for a in arguments if a not in ("--out", "x")], "--out", "", code=2)
+        assert "expected a folder, got an empty text" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_doctor(home):
     result = run("doctor", "--json")
     report = json.loads(result.stdout)
@@ -504,6 +577,8 @@ def test_the_model_given_is_never_replaced(home, tmp_path, verb):
 def test_a_model_of_somebody_else_is_not_replaced(home, tmp_path):
     (tmp_path / "model").mkdir()
     assert "holds model: pass --overwrite" in error_line(run(*unlearning(home, tmp_path), code=2))
+    run(*unlearning(home, tmp_path, "--max-steps", 1, "--overwrite"))
+    assert (tmp_path / "model" / "model.safetensors").exists()
 
 
 def test_two_runs_do_not_share_a_folder(home, scored, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from test_cli import error_line, run, start, wait_for, write_rows
+from test_cli import error_line, run, start, stop_at_the_end, wait_for, write_rows
 from tiny_files import save_tiny_model, tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
@@ -178,7 +178,7 @@ def test_refusals_of_score(files, tmp_path):
         assert words in error_line(run(*scoring(files, tmp_path / "out", *options), code=2)), options
         assert not (tmp_path / "out").exists(), options
     run(*scoring(files, tmp_path / "out", "--top-k", 3, "--model", half, "--dtype", "float32"))
-    for options in (["--top-k", 0], ["--rank", 0], ["--mode", "fast"]):
+    for options in (["--top-k", 0], ["--rank", 0], ["--mode", "fast"], ["--seed", -1], ["--seed", 2**31]):
         assert "Invalid value" in run(*scoring(files, tmp_path / "bad", *options), code=2).stderr
 
 
@@ -492,11 +492,39 @@ def test_overwrite_starts_an_interrupted_ranking_anew(files, index, tmp_path, mo
         out = tmp_path / kind
         arguments = ranking(files, index, out, kind)
         with monkeypatch.context() as patched:
-            patched.setattr(sys.modules["u2a_fast.cli.score"], "write_scores", lambda *_, **__: 1 / 0)
+            patched.setattr(sys.modules["u2a_fast.cli.scoring"], "write_scores", lambda *_, **__: 1 / 0)
             assert CliRunner().invoke(app, arguments).exception
         assert list((out / "parts").glob("rescoring-*.parquet"))
         made = json.loads(run(*arguments, "--seed", 1, "--overwrite", "--json").stdout)
         assert made["resumed_rows"] == 0 and not (out / "parts").exists()
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("verb", ["top k", "index", "build"])
+def test_a_run_stopped_while_it_ends_is_finished_by_the_next(files, index, tmp_path, monkeypatch, verb, after):
+    out = tmp_path / "out"
+    arguments = building(files, out) if verb == "build" else ranking(files, index, out, verb)
+    last = "index.json" if verb == "build" else "scores.parquet"
+    with monkeypatch.context() as patched:
+        stop_at_the_end(patched, after)
+        assert "interrupted:" in run(*arguments, code=130).stderr
+    assert not (out / last).exists()
+    made = json.loads(run(*arguments, "--json").stdout)
+    assert made["resumed_rows"] >= (COUNT if verb != "index" else 256) and (out / last).exists()
+    assert not (out / "parts").exists() and yaml.safe_load((out / "run.yaml").read_text())["result"] == made
+
+
+def test_a_refused_build_overwrites_nothing(files, copied, tmp_path):
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    negatives = tmp_path / "n.jsonl"
+    negatives.write_text((files / "negatives.jsonl").read_text() + "{broken\n")
+    for options, words in [
+        (["--parameters", "norm"], "has no selected linear layer"),
+        (["--parameters", "weights"], "or kinds out of"),
+        (["--negatives", negatives, "--streaming"], "invalid JSON"),
+    ]:
+        assert words in run(*building(files, copied, "--overwrite", *options), code=2).stderr
+        assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
 
 
 def test_two_runs_do_not_share_a_folder(files, index, tmp_path):

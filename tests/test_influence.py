@@ -216,6 +216,10 @@ def test_unknown_options_are_named() -> None:
         u2a_fast.InfluenceScorer(model, None, objective, parameters="lora")
     with pytest.raises(ValueError, match=r"kinds out of .* got \['weights'\]"):
         u2a_fast.InfluenceScorer(model, None, objective, parameters="weights")
+    for damping in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"expected a finite damping > 0, got {damping}"):
+            u2a_fast.InfluenceScorer(model, None, objective, "fisher", damping=damping)
+    u2a_fast.InfluenceScorer(model, None, objective, damping=0.0)
 
 
 def test_sequence_logprobs_differentiates_like_the_model() -> None:

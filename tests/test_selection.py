@@ -171,6 +171,11 @@ def test_as_released_keeps_top_k_whatever_the_sign():
     assert chosen.weight[0] < 1 < chosen.weight[1]
 
 
+def test_a_threshold_is_a_number():
+    with pytest.raises(ValueError, match="expected a number as threshold, got nan"):
+        select(table([0.5, 1.0]), strategy="threshold", threshold=float("nan"))
+
+
 def test_threshold_is_strict_and_defaults_to_zero():
     scores = table([0.0, 0.1, -0.2, 0.3])
     assert select(scores, strategy="threshold").index.tolist() == [3, 1]

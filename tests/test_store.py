@@ -1,5 +1,6 @@
 """The score store: an interrupted run resumes to the bytes of an uninterrupted one, whatever interrupted it."""
 
+import errno
 import json
 from functools import partial
 from pathlib import Path
@@ -117,6 +118,69 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         write_atomically(target, fail)
     assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target], "half a file takes room that a full disk does not have"
+
+
+def test_a_full_disk_says_which_file(tmp_path):
+    def fail(temporary: Path) -> None:
+        raise OSError(errno.ENOSPC, "Error writing bytes to file. Detail: [errno 28] No space left on device")
+
+    with pytest.raises(OSError, match="No space left on device: '.*/scores.parquet'"):
+        write_atomically(tmp_path / "scores.parquet", fail)
+
+
+def test_what_comes_before_the_file_finds_its_bytes_on_disk(tmp_path):
+    found = []
+
+    def look() -> None:
+        found.extend((path.name, path.read_text()) for path in tmp_path.iterdir())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_text(tmp_path / "file", "new", before_rename=look)
+    assert found == [(".file.tmp", "new")] and list(tmp_path.iterdir()) == []
+
+
+def test_scores_appear_once_the_run_has_been_recorded(tmp_path):
+    def stop(summary) -> None:
+        assert summary.rows == 25 and not summary.path.exists()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score_to_parquet(CountingScorer(), rows(25), tmp_path, window=10, before_rename=stop)
+    second = CountingScorer()
+    resumed = score_to_parquet(second, rows(25), tmp_path, window=10, before_rename=lambda summary: None)
+    assert resumed.resumed_rows == 25 and second.seen == [f"n{i}" for i in range(10)], "the curvature's sample alone"
+
+
+def test_a_window_of_any_size_is_all_of_them(tmp_path):
+    assert score_to_parquet(CountingScorer(), rows(5), tmp_path, window=10**20).rows == 5
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"score": ["high", "low"]}, "expected double in the column score of .*file.parquet"),
+        ({"tokens": [1.5, 2.0]}, "expected int64 in the column tokens"),
+        ({"exact": ["yes", "no"]}, "expected bool in the column exact"),
+        ({"exact": [True, None]}, "expected no nulls in the column exact of .*file.parquet, got 1"),
+        ({"id": [None, "b"]}, "expected no nulls in the column id"),
+    ],
+)
+def test_read_scores_refuses_other_values(tmp_path, columns, words):
+    whole = {"id": ["a", "b"], "score": [1.0, 2.0], "nll": [1.0, 1.0], "tokens": [1, 1]}
+    pq.write_table(pa.table(whole | columns), tmp_path / "file.parquet")
+    with pytest.raises(ValueError, match=words):
+        read_scores(tmp_path / "file.parquet")
+
+
+def test_read_scores_takes_what_pandas_writes(tmp_path):
+    """It writes NaN as null, and integers where ids are numbers."""
+    columns = {"id": [7, 8], "score": [1.0, None], "nll": [1, 2], "tokens": pa.array([1, 1], pa.int32())}
+    pq.write_table(pa.table(columns), tmp_path / "file.parquet")
+    found = read_scores(tmp_path / "file.parquet")
+    assert found["id"].tolist() == ["7", "8"] and found["score"][0] == 1 and np.isnan(found["score"][1])
+    assert found["exact"].all() and {found[name].dtype for name in ("score", "nll")} == {np.dtype(np.float64)}
 
 
 def test_read_scores_refuses_what_is_none(tmp_path):
@@ -186,6 +250,35 @@ def test_a_journal_gives_back_the_bits_that_it_was_given(tmp_path):
     assert (first.resumed_rows, second.resumed_rows) == (0, 6)
     second.remove()
     assert not (tmp_path / "parts").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"junk"])
+def test_a_damaged_window_is_named(tmp_path, content):
+    score_to_parquet(CountingScorer(), rows(9), tmp_path / "whole", window=3)
+    with pytest.raises(KeyboardInterrupt):
+        score_to_parquet(CountingScorer(7), rows(9), tmp_path / "out", window=3)
+    part = tmp_path / "out" / "parts" / "part-000001.parquet"
+    part.write_bytes(content)
+    with pytest.raises(ValueError, match=r"expected a finished window, got .*part-000001\.parquet: .*is scored again"):
+        score_to_parquet(CountingScorer(), rows(9), tmp_path / "out", window=3)
+    part.unlink()
+    made = score_to_parquet(CountingScorer(), rows(9), tmp_path / "out", window=3)
+    assert made.path.read_bytes() == (tmp_path / "whole" / "scores.parquet").read_bytes()
+    journal = Journal(tmp_path / "journal")
+    journal.rows("exact pass", np.arange(3), lambda: {"score": np.arange(3.0)})
+    (tmp_path / "journal" / "parts" / "exact-pass-000000.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"got .*exact-pass-000000\.parquet"):
+        Journal(tmp_path / "journal").rows("exact pass", np.arange(3), lambda: {})
+
+
+@pytest.mark.parametrize(("content", "words"), [("{half", "expected JSON"), ("[]", "with"), ("{}", "damaged")])
+def test_a_damaged_manifest_is_named(tmp_path, content, words):
+    with pytest.raises(KeyboardInterrupt):
+        score_to_parquet(CountingScorer(7), rows(9), tmp_path, window=3)
+    (tmp_path / "parts" / "manifest.json").write_text(content)
+    for go_on in (Journal, partial(score_to_parquet, CountingScorer(), rows(9))):
+        with pytest.raises(ValueError, match=f"{words}.*manifest.json|manifest.json.*{words}"):
+            go_on(tmp_path, window=3)
 
 
 def test_a_journal_of_another_run_is_refused(tmp_path):

@@ -13,10 +13,11 @@ from u2a_fast.bench.cases import timing_cases
 from u2a_fast.bench.models import Layer
 from u2a_fast.testing import TIMING_CASES, Case, cost
 
-__all__ = ["choose", "letters", "parse_lengths", "parse_shape", "sized"]
+__all__ = ["MAX_SIZE", "choose", "letters", "parse_lengths", "parse_shape", "sized"]
 
 TIMED = tuple(dict.fromkeys(case.op for case in TIMING_CASES))
 LAYER_LETTERS = frozenset("IODVHGEF")
+MAX_SIZE = 2**31 - 1  # of anything: beyond what any machine times, within what a list of examples can count
 EXAMPLE = 128  # tokens of an example, unless given
 TOKENS = {"cpu": 512, "cuda": 4096}
 # Tokens that nobody asked for are halved until an op takes no more flops: the gate takes a few times as many in float64
@@ -45,17 +46,21 @@ def _variants(op: str) -> list[Case]:
 def parse_shape(text: str) -> dict[str, int]:
     """Sizes by letter from e.g. "N=4096,I=1024,O=4096,K=1"."""
     pairs = [part.partition("=") for part in text.replace(" ", "").split(",")]
-    if not all(letter.isalpha() and number.isdecimal() and int(number) for letter, _, number in pairs):
+    if not all(letter.isalpha() and _is_size(number) for letter, _, number in pairs):
         raise ValueError(f"[bench] expected --shape as letters and sizes, N=4096,I=1024,O=4096,K=1, got {text!r}")
     if len({letter for letter, _, _ in pairs}) < len(pairs):
         raise ValueError(f"[bench] expected each letter once in --shape, got {text!r}")
     return {letter: int(number) for letter, _, number in pairs}
 
 
+def _is_size(text: str) -> bool:
+    return text.isdecimal() and 0 < int(text) <= MAX_SIZE
+
+
 def parse_lengths(text: str) -> tuple[int, ...]:
     """Tokens of every example ("128"), or of each ("64,128,7")."""
     parts = text.replace(" ", "").split(",")
-    if not all(part.isdecimal() and int(part) for part in parts):
+    if not all(map(_is_size, parts)):
         raise ValueError(f"[bench] expected --lengths as tokens of every example, or of each (64,128,7), got {text!r}")
     return tuple(map(int, parts))
 

@@ -12,14 +12,14 @@ from u2a_fast.cli import options as o
 from u2a_fast.cli.select import selection_settings
 from u2a_fast.cli.session import (
     claim_folder,
+    note_skipped,
     progress,
     refuse_existing,
-    remove_results,
     show_result,
     verb,
     write_skipped,
 )
-from u2a_fast.cli.signal import check_signal
+from u2a_fast.cli.signal import check_signal, refuse_few_rows
 from u2a_fast.cli.train import load_trainable, read_retain, refuse_input, start_record, unlearn_config
 from u2a_fast.data import Negatives
 from u2a_fast.influence.objectives import Objective
@@ -27,7 +27,7 @@ from u2a_fast.unlearning import AlignConfig, AlignResult
 from u2a_fast.unlearning import align as run_align
 
 FINISHED = ("model",)  # written last
-RESULTS = (*FINISHED, "metrics.json", "align.json", "signal.json", "round-*")
+MORE = ("metrics.json", "align.json", "signal.json", "round-*")
 
 
 @verb(
@@ -43,14 +43,14 @@ def align(context: typer.Context) -> None:
     config = align_config(p)
     tokenizer, settings = inputs.tokenization(p)
     rows = inputs.read_objective_rows(p, tokenizer, settings)
+    if p["signal_check"]:
+        refuse_few_rows(rows)
     retain = read_retain(p, tokenizer, settings)
     negatives = inputs.read_the_negatives(p, tokenizer, settings)
     sources = [source for source in (rows, negatives, retain) if source is not None]
     model, tokenizer = load_trainable(p)
     objective = inputs.make_objective(p, rows)
-    claim_folder(context, FINISHED)
-    if p["overwrite"]:
-        remove_results(out, RESULTS)
+    claim_folder(context, FINISHED, MORE)
     resolved = {"objective": inputs.objective_kind(p), "objective_reduction": objective.reduction}
     record = start_record(context, "align", settings, inputs.data_files(*sources), **resolved)
     if p["signal_check"]:
@@ -62,6 +62,7 @@ def align(context: typer.Context) -> None:
     write_skipped(out, *sources)
     shown = _result(result)
     record.finish(shown)
+    note_skipped(*sources)
     show_result(shown, as_json=p["json_output"])
 
 

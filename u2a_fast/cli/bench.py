@@ -1,5 +1,6 @@
 """``u2a-fast bench``: how fast the ops are here, against what this machine can do, and whether that changed."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
@@ -16,7 +17,7 @@ from u2a_fast.bench.measure import Settings, measure
 from u2a_fast.bench.models import layers, model_config
 from u2a_fast.bench.roofline import draw_roofline, roofline_format
 from u2a_fast.bench.rows import Row, read_rows, require_rows, write_rows
-from u2a_fast.bench.shapes import choose, parse_lengths, parse_shape, sized
+from u2a_fast.bench.shapes import MAX_SIZE, choose, parse_lengths, parse_shape, sized
 from u2a_fast.bench.table import case_table, comparison_table, row_table
 from u2a_fast.cli import options as o
 from u2a_fast.cli.session import REQUIRED, note, progress, show_result, verb
@@ -54,7 +55,7 @@ _CASES: o.Group = {
     "shape": (o.option(list[str] | None, "Sizes by letter, e.g. N=4096,I=1024,O=4096,K=1; repeatable."), None),
     "like": (o.option(str | None, "Sizes of a model, e.g. meta-llama/Llama-3.2-1B, or of a config.json."), None),
     "tokens": (
-        o.option(int | None, "N; default 512 on the CPU, 4096 on a GPU, less for a large head.", min=1),
+        o.option(int | None, "N; default 512 on the CPU, 4096 on a GPU, less for a large head.", min=1, max=MAX_SIZE),
         None,
     ),
     "lengths": (o.option(str | None, "Tokens of every example (default 128), or of each: 64,128,7."), None),
@@ -77,10 +78,10 @@ def _device(p: dict[str, Any]) -> str:
 def _cases(p: dict[str, Any]) -> list[Case]:
     names, device = p["op"] or [], _device(p)
     dtypes = [_DTYPES[str(name)] for name in p["dtype"] or ("fp32", "bf16")]
-    lengths = parse_lengths(p["lengths"]) if p["lengths"] else ()
-    if p["shape"] or p["like"]:
+    lengths = parse_lengths(p["lengths"]) if p["lengths"] is not None else ()
+    if p["shape"] or p["like"] is not None:
         shapes = [parse_shape(text) for text in p["shape"] or []]
-        model = layers(model_config(p["like"])) if p["like"] else []
+        model = layers(model_config(p["like"])) if p["like"] is not None else []
         return sized(names, dtypes, device, shapes=shapes, model=model, tokens=p["tokens"], lengths=lengths)
     if p["tokens"] or lengths:
         raise ValueError("[bench] expected --tokens and --lengths with --shape or --like, got neither")
@@ -131,6 +132,8 @@ def _check_targets(p: dict[str, Any]) -> None:
     for name in ("out", "plot"):
         if p[name] and p[name].is_dir():
             raise ValueError(f"[bench] expected --{name} to be a file, got the folder {p[name]}")
+        if p[name]:
+            p[name].parent.mkdir(parents=True, exist_ok=True)
     if p["out"]:
         read_rows(p["out"])
 
@@ -140,6 +143,9 @@ def _settings(p: dict[str, Any]) -> Settings:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("[bench] expected a CUDA device for --device cuda, got a machine without one")
     if p["threads"]:
+        # OpenMP ends the process where it cannot start as many
+        if p["threads"] > (os.cpu_count() or 1):
+            raise ValueError(f"[bench] expected at most {os.cpu_count()} --threads, the machine's, got {p['threads']}")
         torch.set_num_threads(p["threads"])
     settings = Settings.of(device, p["quick"])
     return replace(settings, rounds=p["rounds"]) if p["rounds"] else settings

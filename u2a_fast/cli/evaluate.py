@@ -8,7 +8,15 @@ import typer
 
 from u2a_fast.cli import inputs
 from u2a_fast.cli import options as o
-from u2a_fast.cli.session import claim_folder, refuse_existing, run_options, show_result, verb, write_skipped
+from u2a_fast.cli.session import (
+    claim_folder,
+    note_skipped,
+    refuse_existing,
+    run_options,
+    show_result,
+    verb,
+    write_skipped,
+)
 from u2a_fast.data import Negatives, Rows, read_negatives, read_positives, read_preferences
 from u2a_fast.evaluation import evaluate as measure
 from u2a_fast.manifest import RunRecord
@@ -46,9 +54,9 @@ def evaluate(context: typer.Context) -> None:
     record = RunRecord.start("evaluate", used, out, device=str(place), hashes=hashes)
     options = {name: p[name] for name in ("beta", "token_budget", "seed")}
     metrics: dict[str, Any] = measure(model, tokenizer, **sets, reference=reference, **options)  # type: ignore[arg-type]
-    write_text(out / "metrics.json", json.dumps(metrics, indent=2))
     write_skipped(out, *sets.values())
-    record.finish(metrics)
+    write_text(out / "metrics.json", json.dumps(metrics, indent=2), before_rename=lambda: record.finish(metrics))
+    note_skipped(*sets.values())
     show_result(metrics, as_json=p["json_output"])
 
 

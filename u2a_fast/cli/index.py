@@ -10,25 +10,25 @@ import typer
 
 from u2a_fast.cli import inputs
 from u2a_fast.cli import options as o
-from u2a_fast.cli.score import RESULTS, RESUME, SCORING, rank_all, score_result, scores_fingerprint, warn_of_rows
+from u2a_fast.cli.score import SCORING
+from u2a_fast.cli.scoring import RESULTS, RESUME, ScoringRun
 from u2a_fast.cli.session import (
     REQUIRED,
     claim_folder,
     note,
+    note_skipped,
     progress,
     refuse_existing,
-    remove_results,
     run_options,
     show_result,
     verb,
     write_skipped,
 )
-from u2a_fast.cli.signal import check_signal
 from u2a_fast.influence.derivatives import resolve_token_budget
-from u2a_fast.influence.index import GradientIndex, check_options
+from u2a_fast.influence.index import GradientIndex, check_options, indexed_weights
 from u2a_fast.manifest import RunRecord, read_record
-from u2a_fast.models.loading import load_model, model_files, resolve_device
-from u2a_fast.store import GradientShards, check_target, sha256_of_files, write_text
+from u2a_fast.models.loading import load_model, resolve_device
+from u2a_fast.store import GradientShards, sha256_of_files, write_text
 
 __all__ = ["index"]
 
@@ -70,22 +70,22 @@ def build(context: typer.Context) -> None:
     negatives = inputs.read_the_negatives(p, tokenizer, settings)
     budget = resolve_token_budget(p["token_budget"], place)
     used = run_options(context, device=str(place), token_budget=budget, max_length=settings["max_length"])
-    hashes = sha256_of_files([*model_files(p["model"], p["adapter"]), *inputs.data_files(negatives)])
+    hashes = sha256_of_files(inputs.input_files(p, negatives))
     if not p["overwrite"]:
         _check_unfinished(out, used, hashes)
     model, _ = load_model(p["model"], device=place, adapter=p["adapter"])
-    claim_folder(context, BUILT)
-    if p["overwrite"]:
-        remove_results(out, (*BUILT, GRADIENTS))
+    indexed_weights(model, inputs.parameter_selection(p["parameters"]))
+    examples = list(negatives)  # a stream's bad rows end here, before any work
+    claim_folder(context, BUILT, (GRADIENTS,))
     record = RunRecord.start("index build", used, out, device=str(place), hashes=hashes)
-    found, resumed = _build(p, model, list(negatives))
+    found, resumed = _build(p, model, examples)
     write_skipped(out, negatives)
     result = _result(out, found.shards, resumed)
     result |= {"skipped": negatives.report.bad_count, "truncated": negatives.report.truncated}
-    write_text(out / BUILT[0], json.dumps(result, indent=2))
-    record.finish(result)
+    write_text(out / BUILT[0], json.dumps(result, indent=2), before_rename=lambda: record.finish(result))
     if result["nonfinite"]:
         note(f"warning: the gradients of {result['nonfinite']} negatives are NaN or infinite and stay so")
+    note_skipped(negatives)
     show_result(result, as_json=p["json_output"])
 
 
@@ -167,48 +167,18 @@ _SCORE: o.Group = {
 )
 def score(context: typer.Context) -> None:
     """Find the best negatives by an index's estimates and score them exactly; says what that may have missed."""
-    p, out = context.params, context.params["out"]
+    p = context.params
     refuse_existing(context, RESULTS)
     if p["candidates"] is not None and p["candidates"] < p["top_k"]:
         raise ValueError(f"[index] expected --candidates of at least --top-k {p['top_k']}, got {p['candidates']}")
     folder = _gradients(p["index"])
     GradientShards(folder)  # one that is missing or unfinished ends here, before any work
-    place = resolve_device(p["device"])
-    tokenizer, settings = inputs.tokenization(p)
-    rows = inputs.read_objective_rows(p, tokenizer, settings)
-    negatives = inputs.read_the_negatives(p, tokenizer, settings)
-    objective = inputs.make_objective(p, rows)
-    used = run_options(
-        context,
-        device=str(place),
-        token_budget=resolve_token_budget(p["token_budget"], place),
-        max_length=settings["max_length"],
-        objective=inputs.objective_kind(p),
-        objective_reduction=objective.reduction,
-    )
-    files = [*model_files(p["model"], p["adapter"]), *inputs.data_files(rows, negatives), folder / "manifest.json"]
-    fingerprint = scores_fingerprint(used, files)
-    if not p["overwrite"]:
-        check_target(out, fingerprint, window=p["window"])
-    model, tokenizer = load_model(p["model"], device=place, adapter=p["adapter"])
-    scorer = inputs.make_scorer(p, model, tokenizer, objective)
-    found = GradientIndex(model, folder)
-    examples = list(negatives)
+    run = ScoringRun(context, [folder / "manifest.json"])
+    found = GradientIndex(run.scorer.model, folder)
+    examples = list(run.negatives)
     found.check(examples, str(p["reduction"]))
-    claim_folder(context, RESULTS)
-    if p["overwrite"]:
-        remove_results(out, (*RESULTS, "signal.json", "parts"))
-    record = RunRecord.start("index score", used, out, device=str(place), hashes=fingerprint["inputs"])
-    resumed = (out / "parts" / "manifest.json").exists()
-    signal = check_signal(scorer, negatives, out, seed=p["seed"], resumed=resumed) if p["signal_check"] else None
-    best = partial(scorer.topk_by_index, examples, found, p["top_k"], candidates=p["candidates"])
-    summary = rank_all(best, fingerprint, p)
-    write_skipped(out, rows, negatives)
-    result = score_result(summary, rows, negatives, at_once=True)
-    full = result | ({"signal": signal} if signal else {})
-    record.finish(full)
-    warn_of_rows(summary, p["top_k"])
-    show_result(full if p["json_output"] else result, as_json=p["json_output"])
+    run.start()
+    run.show(run.rank_all(partial(run.scorer.topk_by_index, examples, found, p["top_k"], candidates=p["candidates"])))
 
 
 def _gradients(folder: Path) -> Path:

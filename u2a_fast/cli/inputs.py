@@ -11,11 +11,12 @@ from u2a_fast.cli.session import column_map
 from u2a_fast.data import Negatives, Rows, read_negatives, read_positives, read_preferences, read_rewards
 from u2a_fast.influence.objectives import DPO, SFT, Objective, Reward
 from u2a_fast.influence.scorer import InfluenceScorer
-from u2a_fast.models.loading import context_length, load_tokenizer
+from u2a_fast.models.loading import context_length, load_tokenizer, model_files
 
 __all__ = [
     "check_topk",
     "data_files",
+    "input_files",
     "make_objective",
     "make_scorer",
     "objective_kind",
@@ -128,6 +129,11 @@ def check_topk(scorer: InfluenceScorer, options: Mapping[str, Any]) -> None:
         scorer.check_topk(options["top_k"], rank=options["rank"])
     except ValueError as error:
         raise ValueError(f"{error} (here --dtype float32, or --mode shortlist, which certifies nothing)") from error
+
+
+def input_files(options: Mapping[str, Any], *sources: Negatives | Rows) -> list[Path]:
+    """The local files of the model and of what the sources read, to be hashed."""
+    return [*model_files(options["model"], options["adapter"]), *data_files(*sources)]
 
 
 def data_files(*sources: Negatives | Rows) -> list[Path]:

@@ -132,6 +132,15 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, StrEnum) else value
 
 
+def _folder(given: str | Path) -> Path:
+    """Of an empty text, as of a shell variable that is not set, ``Path`` makes the current folder."""
+    if not str(given).strip():
+        raise typer.BadParameter("expected a folder, got an empty text")
+    return Path(given)
+
+
+MAX_SEED = 2**31 - 1  # of an index, and within what every generator takes
+
 _SOURCE = "JSON Lines or Parquet file, save_to_disk folder, or hub name."
 _COLUMNS = "field=column, where the columns have other names; repeatable."
 
@@ -150,13 +159,13 @@ RUN: Group = {
     "json_output": (option(bool, "The result as one JSON object on stdout.", "--json"), False),
     "debug": (option(bool, "Show the traceback of an error.", "--debug"), False),
 }
-OUT: Group = {"out": (option(Path, "Folder for the results and run.yaml."), REQUIRED)}
+OUT: Group = {"out": (option(Path, "Folder for the results and run.yaml.", parser=_folder), REQUIRED)}
 MODEL: Group = {
     "model": (option(str, "Model or PEFT adapter folder, or hub name."), REQUIRED),
     "adapter": (option(Path | None, "PEFT adapter folder to put on the model."), None),
     "device": (option(str | None, '"cpu", "cuda", "cuda:1"...; default CUDA where there is one.'), None),
     "token_budget": (option(int | None, "Most tokens in a batch; default by device.", min=1), None),
-    "seed": (option(int, "Seed of everything random."), 0),
+    "seed": (option(int, "Seed of everything random.", min=0, max=MAX_SEED), 0),
 }
 LOADING: Group = {"dtype": (option(DtypeKind, "Format that the model is loaded in."), DtypeKind.auto)}
 READING: Group = {

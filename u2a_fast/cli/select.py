@@ -45,9 +45,8 @@ def select(context: typer.Context) -> None:
     file = p["scores"] / "scores.parquet" if p["scores"].is_dir() else p["scores"]
     claim_folder(context, RESULTS)
     record = RunRecord.start("select", run_options(context), out, device="cpu", hashes=sha256_of_files([file]))
-    write_selection(out / "selection.parquet", chosen)
     result = _result(chosen, len(scores), out)
-    record.finish(result)
+    write_selection(out / "selection.parquet", chosen, before_rename=lambda: record.finish(result))
     if chosen.dropped_approximate:
         note(f"{chosen.dropped_approximate} of {len(scores)} negatives left out: their scores are approximations, the "
              "others' are exact (--approximate keep ranks them together)")  # fmt: skip

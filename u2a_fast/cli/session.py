@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError
 
 from u2a_fast.data import Negatives, Rows
+from u2a_fast.influence.derivatives import is_out_of_memory
 from u2a_fast.manifest import read_options, recorded_command
 from u2a_fast.store import lock_folder, write_text
 
@@ -26,9 +27,9 @@ __all__ = [
     "command_name",
     "load_config",
     "note",
+    "note_skipped",
     "progress",
     "refuse_existing",
-    "remove_results",
     "run_options",
     "show_result",
     "verb",
@@ -58,8 +59,8 @@ def verb(*groups: Mapping[str, tuple[Any, Any]], resume: str) -> Callable[[Calla
             except KeyboardInterrupt:
                 note(f"interrupted: {resume}")
                 raise typer.Exit(INTERRUPTED) from None
-            except (ValueError, TypeError, OSError, FloatingPointError, NotImplementedError, *OUTSIDE) as error:
-                if context.params["debug"]:
+            except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError, *OUTSIDE) as error:
+                if context.params["debug"] or not _is_expected(error):
                     raise
                 note(f"error: {error}")
                 raise typer.Exit(USER_ERROR) from None
@@ -75,6 +76,12 @@ def verb(*groups: Mapping[str, tuple[Any, Any]], resume: str) -> Callable[[Calla
         return command
 
     return decorate
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether an error is the user's or the machine's: of RuntimeErrors, what PyTorch says where memory is full."""
+    known = (NotImplementedError, *OUTSIDE)
+    return not isinstance(error, RuntimeError) or isinstance(error, known) or is_out_of_memory(error)
 
 
 def command_name(context: typer.Context) -> str:
@@ -146,15 +153,21 @@ def refuse_existing(context: typer.Context, names: tuple[str, ...]) -> None:
         raise FileExistsError(f"--out: {out} holds a run of {other!r}: choose another folder, or pass --overwrite")
 
 
-def claim_folder(context: typer.Context, names: tuple[str, ...]) -> None:
-    """Make ``--out`` and keep other runs out of it until the verb ends; refuse what one has written meanwhile."""
-    context.params["out"].mkdir(parents=True, exist_ok=True)
-    context.call_on_close(lock_folder(context.params["out"]))
+def claim_folder(context: typer.Context, names: tuple[str, ...], more: tuple[str, ...] = ()) -> None:
+    """Make ``--out`` and keep other runs out of it until the verb ends; refuse what one has written meanwhile.
+
+    ``names`` are the results that nothing but ``--overwrite`` replaces; with it they are removed here, and so is what
+    else (``more``, patterns) earlier runs of the verb wrote.
+    """
+    out = context.params["out"]
+    out.mkdir(parents=True, exist_ok=True)
+    context.call_on_close(lock_folder(out))
     refuse_existing(context, names)
+    if context.params["overwrite"]:
+        _remove(out, {*names, *more})
 
 
-def remove_results(out: Path, patterns: tuple[str, ...]) -> None:
-    """Remove what earlier runs of a verb wrote into ``out``, and nothing else."""
+def _remove(out: Path, patterns: set[str]) -> None:
     for path in [path for pattern in patterns for path in out.glob(pattern)]:
         if path.is_dir():
             shutil.rmtree(path)
@@ -182,9 +195,13 @@ def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
 
 
 def write_skipped(out: Path, *sources: Negatives | Rows) -> None:
-    """List the rows that were left out in ``out/skipped.jsonl``, which is empty if none was; say so on stderr."""
+    """List the rows that were left out in ``out/skipped.jsonl``, which is empty if none was."""
     bad = [row for source in sources for row in source.report.bad]
     write_text(out / "skipped.jsonl", "".join(json.dumps(row.to_dict(), ensure_ascii=False) + "\n" for row in bad))
+
+
+def note_skipped(*sources: Negatives | Rows) -> None:
+    """Say on stderr how many rows were left out, and how many prompts cut."""
     for report in (source.report for source in sources):
         if report.bad_count:
             note(f"{report.reader}: {report.bad_count} bad rows left out, listed in skipped.jsonl")

@@ -2,20 +2,36 @@
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from u2a_fast.cli.session import note
-from u2a_fast.data import Negatives
+from u2a_fast.data import Negatives, Rows
 from u2a_fast.influence.scorer import InfluenceScorer
-from u2a_fast.influence.signal import signal_check
-from u2a_fast.store import write_text
+from u2a_fast.influence.signal import check_rows, signal_check
+from u2a_fast.store import read_json, write_text
 
-__all__ = ["check_signal"]
+__all__ = ["check_signal", "refuse_few_rows"]
 
 SIGNAL_SAMPLE = 256  # negatives; the spread of a Spearman correlation over them is about 1/16
+
+
+def refuse_few_rows(rows: Rows) -> None:
+    """Raise ValueError, before any work, where the objective has too few rows for ``check_signal``."""
+    with _way_out():
+        check_rows(rows)
+
+
+@contextmanager
+def _way_out() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error} (--no-signal-check goes on without it)") from error
 
 
 def check_signal(
@@ -24,12 +40,10 @@ def check_signal(
     """Check the signal, or read the check of the run that is ``resumed``; print it and store it in signal.json."""
     path = out / "signal.json"
     if resumed and path.exists():
-        signal = json.loads(path.read_text(encoding="utf-8"))
+        signal = read_json(path, ("cosine", "cosine_ci", "spearman", "warning"))
     else:
-        try:
+        with _way_out():
             report = signal_check(scorer, _sample(negatives, SIGNAL_SAMPLE, seed), seed=seed)
-        except ValueError as error:
-            raise ValueError(f"{error} (--no-signal-check goes on without it)") from error
         signal = report.to_dict()
         write_text(path, json.dumps(signal, indent=2))
     low, high = signal["cosine_ci"]

@@ -12,9 +12,9 @@ from u2a_fast.cli import inputs
 from u2a_fast.cli import options as o
 from u2a_fast.cli.session import (
     claim_folder,
+    note_skipped,
     progress,
     refuse_existing,
-    remove_results,
     run_options,
     show_result,
     verb,
@@ -53,10 +53,8 @@ def unlearn(context: typer.Context) -> None:
     rows, weights, files = _weighted(negatives, p["selection"])
     sources = [source for source in (negatives, retain) if source is not None]
     model, tokenizer = load_trainable(p)
-    claim_folder(context, finished)
+    claim_folder(context, finished, ("model", "checkpoints"))
     record = start_record(context, "unlearn", settings, [*files, *inputs.data_files(*sources)])
-    if p["overwrite"]:
-        remove_results(out, (*FINISHED, "model", "checkpoints"))
     with progress("unlearning") as update:
         result = run_unlearn(
             model, tokenizer, rows, weights, config=config, retain=retain, output_dir=out, on_progress=update
@@ -65,6 +63,7 @@ def unlearn(context: typer.Context) -> None:
     shown = {name: getattr(result, name) for name in ("steps", "stopped_by_drift", "nll_before", "nll_after", "drift")}
     shown = {"model": str(result.model_dir), **shown}
     record.finish(shown)
+    note_skipped(*sources)
     show_result(shown, as_json=p["json_output"])
 
 

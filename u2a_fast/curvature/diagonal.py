@@ -1,6 +1,7 @@
 """Preconditioners that stand for (H + mu I)^-1: the identity, and the diagonal of the Fisher information."""
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Protocol
 
 import torch
@@ -10,7 +11,7 @@ from u2a_fast.data.packing import Example
 from u2a_fast.models.decoder import sequence_logprobs
 from u2a_fast.models.parameters import evaluation_mode
 
-__all__ = ["Curvature", "DiagonalFisher", "Identity"]
+__all__ = ["Curvature", "DiagonalFisher", "Identity", "check_damping"]
 
 
 class Curvature(Protocol):
@@ -27,6 +28,12 @@ class Identity:
     def solve(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The gradient itself."""
         return dict(gradient)
+
+
+def check_damping(damping: float) -> None:
+    """Raise ValueError for a damping that makes the diagonal no preconditioner."""
+    if not 0 < damping < inf:
+        raise ValueError(f"[DiagonalFisher] expected a finite damping > 0, got {damping}")
 
 
 class DiagonalFisher:
@@ -53,8 +60,9 @@ class DiagonalFisher:
         damping: float = 0.1,
         reduction: str = "mean",
     ) -> None:
-        if not examples or not damping > 0:
-            raise ValueError(f"[DiagonalFisher] expected examples and damping > 0, got {len(examples)} and {damping}")
+        check_damping(damping)
+        if not examples:
+            raise ValueError("[DiagonalFisher] expected at least one example, got none")
         parameters = dict(model.named_parameters())
         chosen = [parameters[name] for name in names]
         squares = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in chosen]

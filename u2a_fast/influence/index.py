@@ -27,7 +27,7 @@ from u2a_fast.models.projection import Projection, Sketch, two_sided
 from u2a_fast.store.fingerprint import hash_examples, hash_model
 from u2a_fast.store.gradients import GradientShards
 
-__all__ = ["PROJECTIONS", "GradientIndex", "check_options"]
+__all__ = ["PROJECTIONS", "GradientIndex", "check_options", "indexed_weights"]
 
 PROJECTIONS = ("sketch", "random")
 _VERSION = 1
@@ -173,10 +173,8 @@ class GradientIndex:
             FileExistsError: the folder holds an index of another model, other examples or options.
         """
         check_options(projection, dim, seed, shard_rows)
-        names = selected_parameters(model, parameters)
+        names = indexed_weights(model, parameters)
         passes = _ProjectionPass(model, names, projection, dim, seed, reduction, dtype)
-        if not passes.projections.weights:
-            raise ValueError(f"[index] {type(passes.decoder.lm).__name__} has no selected linear layer")
         budget = resolve_token_budget(token_budget, passes.decoder.device)
         manifest = {
             "version": _VERSION,
@@ -258,6 +256,17 @@ class GradientIndex:
         values = exact.double().cpu().numpy()
         best = np.argsort(-values, kind="stable")[:k]
         return chosen[best], values[best]
+
+
+def indexed_weights(model: nn.Module, parameters: str | Sequence[str] = "trainable") -> list[str]:
+    """Names of the linear weights that an index of ``parameters`` holds; ValueError where there are none."""
+    decoder = Decoder(model)
+    decoder.materialize_head()
+    chosen = selected_parameters(model, parameters)
+    names = [name for name in linear_weights(decoder) if name in chosen]
+    if not names:
+        raise ValueError(f"[index] {type(decoder.lm).__name__} has no selected linear layer")
+    return names
 
 
 def check_options(projection: str, dim: int, seed: int, shard_rows: int) -> None:

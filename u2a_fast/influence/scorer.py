@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from u2a_fast.curvature.diagonal import Curvature, DiagonalFisher, Identity
+from u2a_fast.curvature.diagonal import Curvature, DiagonalFisher, Identity, check_damping
 from u2a_fast.data.packing import Example
 from u2a_fast.influence.derivatives import Approximate, DerivativePass, resolve_token_budget
 from u2a_fast.influence.index import GradientIndex
@@ -83,6 +83,8 @@ class InfluenceScorer:
             raise ValueError(
                 f'[InfluenceScorer] expected curvature "identity", "fisher" or an object, got {curvature!r}'
             )
+        if curvature == "fisher":
+            check_damping(damping)
         unlearning_slope(loss, torch.zeros(1), torch.zeros(1), npo_beta)  # an unknown loss ends here, before any work
         self.model, self.tokenizer, self.objective = model, tokenizer, objective
         self.names = list(selected_parameters(model, parameters))

@@ -14,7 +14,9 @@ from u2a_fast.influence.routes import directional_derivatives
 from u2a_fast.influence.scorer import InfluenceScorer
 from u2a_fast.statistics import bootstrap_interval, spearman
 
-__all__ = ["SignalReport", "signal_check"]
+__all__ = ["SignalReport", "check_rows", "signal_check"]
+
+_LEAST_ROWS = 4  # halves of two have a spread
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,12 @@ def _row_derivatives(scorer: InfluenceScorer, half: Objective, direction: dict[s
     return -(coefficients * nll.view_as(coefficients)).sum(1).numpy()
 
 
+def check_rows(rows: Sequence[Any]) -> None:
+    """Raise ValueError where a preference set has too few rows for halves with a spread."""
+    if len(rows) < _LEAST_ROWS:
+        raise ValueError(f"[signal_check] expected at least {_LEAST_ROWS} preference rows, got {len(rows)}")
+
+
 def signal_check(scorer: InfluenceScorer, negatives: Sequence[Example], *, seed: int = 0) -> SignalReport:
     """Compare what two random halves of the preference set ask for, before any scoring.
 
@@ -86,9 +94,8 @@ def signal_check(scorer: InfluenceScorer, negatives: Sequence[Example], *, seed:
     Raises:
         ValueError: the preference set has fewer than 4 rows, too few for halves with a spread.
     """
+    check_rows(scorer.objective.rows)
     objective = scorer.objective.prepare(scorer.model, token_budget=scorer.token_budget)
-    if len(objective.rows) < 4:
-        raise ValueError(f"[signal_check] expected at least 4 preference rows, got {len(objective.rows)}")
     halves = objective.split(0.5, seed)
     gradients = [half.gradient(scorer.model, scorer.names, token_budget=scorer.token_budget) for half in halves]
     across = [_row_derivatives(scorer, halves[0], gradients[1]), _row_derivatives(scorer, halves[1], gradients[0])]

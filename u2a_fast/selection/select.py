@@ -1,6 +1,7 @@
 """Which negatives to unlearn, and how strongly."""
 
 from dataclasses import dataclass
+from math import isnan
 from typing import Protocol
 
 import numpy as np
@@ -102,7 +103,10 @@ def _choose(
     if strategy == "top-k":
         return positive[: _check_count("k", k, strategy)]
     if strategy == "threshold":
-        return ranked[score[ranked] > (0.0 if threshold is None else threshold)]
+        bound = 0.0 if threshold is None else threshold
+        if isnan(bound):
+            raise ValueError(f"[select] expected a number as threshold, got {threshold}")
+        return ranked[score[ranked] > bound]
     chosen = _within_budget(score[positive], tokens[positive], _check_count("token_budget", budget, strategy))
     return positive[np.sort(chosen)]
 

@@ -1,6 +1,6 @@
 """Results on disk: whole files only, and scores that resume."""
 
-from u2a_fast.store.files import lock_folder, sha256_of_files, write_atomically, write_text
+from u2a_fast.store.files import lock_folder, read_json, sha256_of_files, write_atomically, write_text
 from u2a_fast.store.gradients import GradientShards
 from u2a_fast.store.journal import Journal
 from u2a_fast.store.scores import ScoreSummary, check_target, read_scores, score_to_parquet, write_scores
@@ -12,6 +12,7 @@ __all__ = [
     "ScoreSummary",
     "check_target",
     "lock_folder",
+    "read_json",
     "read_scores",
     "read_selection",
     "score_to_parquet",

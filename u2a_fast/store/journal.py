@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from u2a_fast.store.files import write_atomically, write_text
-from u2a_fast.store.scores import check_target, claim_parts
+from u2a_fast.store.files import read_json, write_atomically, write_text
+from u2a_fast.store.scores import check_target, claim_parts, read_part
 
 __all__ = ["Journal"]
 
@@ -63,7 +63,7 @@ class Journal:
         file = self._parts / f"{_slug(stage)}-{self._asked[stage]:06d}.parquet"
         self._asked[stage] += 1
         if file.exists():
-            table = pq.read_table(file)
+            table = read_part(file)
             columns = {name: table.column(name).to_numpy() for name in table.column_names}
             if not np.array_equal(columns.pop(_POSITION), positions):
                 raise FileExistsError(f"[score] {file} holds scores of other negatives: pass overwrite to start anew")
@@ -75,11 +75,11 @@ class Journal:
         write_atomically(file, lambda temporary: pq.write_table(table, temporary))
         return columns
 
-    def value(self, name: str, compute: Callable[[], Any]) -> Any:
-        """A value that JSON can hold: read, else computed."""
+    def value(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Values by name that JSON can hold: read, else computed."""
         file = self._parts / f"{_slug(name)}.json"
         if file.exists():
-            return json.loads(file.read_text(encoding="utf-8"))
+            return read_json(file)
         found = compute()
         self._claim()
         write_text(file, json.dumps(found, indent=2))

@@ -6,8 +6,10 @@ window. At the end the parts become ``<out>/scores.parquet`` and the folder goes
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -17,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from u2a_fast.store.files import write_atomically, write_text
+from u2a_fast.store.files import read_json, write_atomically, write_text
 
 __all__ = [
     "SCHEMA",
@@ -25,6 +27,7 @@ __all__ = [
     "Scorer",
     "check_target",
     "claim_parts",
+    "read_part",
     "read_scores",
     "read_table",
     "score_to_parquet",
@@ -37,6 +40,7 @@ NONFINITE_SHOWN = 20
 CALIBRATION = 256  # at least as many as a scorer fits its curvature to
 
 Progress = Callable[[int, int | None], None]
+Finish = Callable[["ScoreSummary"], object]
 
 
 class Scorer(Protocol):
@@ -68,7 +72,7 @@ def check_target(out_dir: Path | str, fingerprint: Mapping[str, Any], *, window:
     path = out / "parts" / "manifest.json"
     if not path.exists():
         return
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = read_json(path, ("key", "content"))
     wanted = _manifest(fingerprint, window)
     if stored["key"] != wanted["key"]:
         raise FileExistsError(
@@ -94,14 +98,17 @@ def score_to_parquet(
     on_progress: Progress | None = None,
     fingerprint: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    before_rename: Finish | None = None,
 ) -> ScoreSummary:
     """Score ``negatives`` in order into ``out_dir/scores.parquet`` (columns of ``SCHEMA``), resuming a broken-off run.
 
     The windows are the same in every run, so a resumed run writes the same bytes as an uninterrupted one. Memory is
     that of one window. NaN and infinite scores are kept and counted. ``on_progress(done, total)`` is called at the
-    start and after each window; total is None for a stream.
+    start and after each window; total is None for a stream. ``before_rename(summary)`` is called once all scores are
+    on disk, before the file is there: a run that is killed until then goes on where it was.
     Raises FileExistsError as ``check_target`` does, unless ``overwrite``, which removes what was there, and where the
-    finished windows hold other negatives than these; ValueError for a scorer whose rows depend on all negatives.
+    finished windows hold other negatives than these; ValueError for a scorer whose rows depend on all negatives, and
+    for a damaged window.
     """
     if getattr(scorer, "mode", None) == "shortlist":
         raise ValueError(
@@ -132,16 +139,23 @@ def score_to_parquet(
         _write_part(part, made, rows)
         done += len(rows)
         report(done, total)
-    return replace(_merge(out, finished), report=getattr(made, "report", None))
+    return _merge(out, finished, getattr(made, "report", None), before_rename)
 
 
-def write_scores(path: Path, scores: Any, *, resumed_rows: int = 0) -> ScoreSummary:
-    """Write ``Scores`` that were made at once into the Parquet file ``path``, whole, in the columns of ``SCHEMA``."""
+def write_scores(
+    path: Path, scores: Any, *, resumed_rows: int = 0, before_rename: Finish | None = None
+) -> ScoreSummary:
+    """Write ``Scores`` that were made at once into the Parquet file ``path``, whole, in the columns of ``SCHEMA``.
+
+    ``before_rename`` is called as in ``score_to_parquet``.
+    """
     table = _table(scores, [str(i) for i in scores.id])
-    write_atomically(path, lambda temporary: pq.write_table(table, temporary))
     bad = _nonfinite(table)
     shown = tuple(str(scores.id[int(i)]) for i in bad[:NONFINITE_SHOWN])
-    return ScoreSummary(path, len(scores), len(bad), shown, resumed_rows, scores.report)
+    summary = ScoreSummary(path, len(scores), len(bad), shown, resumed_rows, scores.report)
+    finish = None if before_rename is None else partial(before_rename, summary)
+    write_atomically(path, lambda temporary: pq.write_table(table, temporary), before_rename=finish)
+    return summary
 
 
 def read_scores(path: Path | str) -> dict[str, np.ndarray]:
@@ -158,7 +172,8 @@ def read_table(
 ) -> dict[str, np.ndarray]:
     """The columns of ``schema`` in a Parquet file, or in the file ``name`` of a folder; of ``optional`` what is there.
 
-    Raises FileNotFoundError where there is none, ValueError where it is no Parquet file or lacks a column.
+    Raises FileNotFoundError where there is none, ValueError where it is no Parquet file, lacks a column or holds other
+    values in it than the schema says.
     """
     file = Path(path) / name if Path(path).is_dir() else Path(path)
     if not file.is_file():
@@ -169,11 +184,19 @@ def read_table(
         raise ValueError(f"[store] expected a Parquet file, got {file}: {error}") from error
     if not set(schema.names) <= set(table.column_names):
         raise ValueError(f"[store] expected the columns {schema.names} in {file}, got {table.column_names}")
-    wanted = [
-        *schema.names,
-        *(n for n in (optional or schema).names if n not in schema.names and n in table.column_names),
-    ]
-    return {column: table.column(column).to_numpy() for column in wanted}
+    others = [field for field in optional or () if field.name not in schema.names and field.name in table.column_names]
+    return {field.name: _column(table.column(field.name), field, file) for field in (*schema, *others)}
+
+
+def _column(column: pa.ChunkedArray, field: pa.Field, file: Path) -> np.ndarray:
+    """The column in the type of ``field``; a missing number is NaN, as pandas writes it, and nothing else may miss."""
+    try:
+        found = column.cast(field.type)
+    except pa.ArrowException as error:
+        raise ValueError(f"[store] expected {field.type} in the column {field.name} of {file}: {error}") from error
+    if found.null_count and not pa.types.is_floating(field.type):
+        raise ValueError(f"[store] expected no nulls in the column {field.name} of {file}, got {found.null_count}")
+    return found.to_numpy()
 
 
 def _no_progress(done: int, total: int | None) -> None:
@@ -215,17 +238,27 @@ def _part_files(parts: Path) -> list[Path]:
 
 
 def _finished_rows(parts: Path) -> int:
-    return sum(pq.read_metadata(part).num_rows for part in _part_files(parts))
+    return sum(read_part(part, columns=["id"]).num_rows for part in _part_files(parts))
+
+
+def read_part(path: Path, **options: Any) -> pa.Table:
+    """A finished window; ValueError, with the file's name and the way out, where it is damaged."""
+    try:
+        return pq.read_table(path, **options)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"[score] expected a finished window, got {path}: {error}; without this file its window is scored again"
+        ) from error
 
 
 def _windows(negatives: Iterable[Mapping[str, Any]], window: int) -> Iterator[list[Mapping[str, Any]]]:
     stream = iter(negatives)
-    while rows := list(islice(stream, window)):
+    while rows := list(islice(stream, min(window, sys.maxsize))):
         yield rows
 
 
 def _check_part(part: Path, rows: list[Mapping[str, Any]]) -> None:
-    stored = pq.read_table(part, columns=["id"]).column("id").to_pylist()
+    stored = read_part(part, columns=["id"]).column("id").to_pylist()
     if stored != [str(row["id"]) for row in rows]:
         raise FileExistsError(f"[score] {part} holds scores of other negatives: pass overwrite to start anew")
 
@@ -254,7 +287,7 @@ def _nonfinite(table: pa.Table) -> np.ndarray:
     return np.flatnonzero(~finite)
 
 
-def _merge(out: Path, resumed_rows: int) -> ScoreSummary:
+def _merge(out: Path, resumed_rows: int, report: Any, before_rename: Finish | None) -> ScoreSummary:
     parts = _part_files(out / "parts")
     if not parts:
         shutil.rmtree(out / "parts")
@@ -266,12 +299,15 @@ def _merge(out: Path, resumed_rows: int) -> ScoreSummary:
         nonlocal rows, nonfinite
         with pq.ParquetWriter(temporary, SCHEMA) as writer:
             for part in parts:
-                table = pq.read_table(part, schema=SCHEMA)
+                table = read_part(part, schema=SCHEMA)
                 writer.write_table(table)
                 bad = _nonfinite(table)
                 rows, nonfinite = rows + table.num_rows, nonfinite + len(bad)
                 ids.extend(table.column("id")[int(i)].as_py() for i in bad[: NONFINITE_SHOWN - len(ids)])
 
-    write_atomically(out / "scores.parquet", write)
+    def summary() -> ScoreSummary:
+        return ScoreSummary(out / "scores.parquet", rows, nonfinite, tuple(ids), resumed_rows, report)
+
+    write_atomically(out / "scores.parquet", write, before_rename=lambda: before_rename and before_rename(summary()))
     shutil.rmtree(out / "parts")
-    return ScoreSummary(out / "scores.parquet", rows, nonfinite, tuple(ids), resumed_rows)
+    return summary()
