@@ -59,6 +59,8 @@ EXACT = (
     "torch-vmap",
     "public",
     "public_padded",
+    "hooks",
+    "hooks-1",
     "u2a_fast-forward",
     "u2a_fast-reverse",
     "u2a_fast-ghost_norm",

@@ -69,7 +69,9 @@ def hooks(task: Task, size: int | None = None) -> Scorer:
     parts: list[Tensor] = []
 
     def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        own = {name: tangents[id(p)] for name, p in module.named_parameters(recurse=False)}
+        own = {name: tangents.get(id(p)) for name, p in module.named_parameters(recurse=False)}
+        if None in own.values():  # this hook, called by its own call
+            return
         dy = functional_call(module, own, args)
         output.requires_grad_().register_hook(lambda g: parts.append((g * dy).flatten(1).sum(1)))
 
