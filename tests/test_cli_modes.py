@@ -212,7 +212,7 @@ def test_explain_prints_and_writes_nothing(files, tmp_path):
         (("--mode", "lowrank", "--curvature", "fisher"), ["low rank"]),
         (("--mode", "shortlist", "--rank", 2), ["low rank", "exact"]),
         (("--mode", "layers"), ["some layers"]),
-        (("--top-k", 3), ["bounded low rank", "exact"]),
+        (("--top-k", 3), ["exact"]),  # a CPU takes 2.2 units for exact scores of everything
         (("--top-k", 3, "--rank", 2), ["bounded low rank", "exact"]),
     ]:
         found = json.loads(run(*scoring(files, tmp_path / "out", "--explain", "--json", *more)).stdout)["passes"]
@@ -222,15 +222,16 @@ def test_explain_prints_and_writes_nothing(files, tmp_path):
 
 
 def test_explain_shows_the_ranks_that_a_top_k_would_take(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(modes, "exact_units", lambda *_: 3.0)  # where exact scores cost enough for a plan to pay
     explaining = scoring(files, tmp_path / "out", "--top-k", 3, "--explain")
     shown = json.loads(run(*explaining, "--json").stdout)["passes"][0]
     assert 2 < shown["units"] < 3 and 3 / COUNT <= shown["rescored_share"] < 1 / 3, "what the cost model asks for"
     plan_ranks = modes.plan_ranks
     plans = []
 
-    def planned(profiles, scores, share):
-        plans.append(plan_ranks(profiles, scores, share))
-        names = [name for name in profiles if name.endswith("up_proj.weight")]
+    def planned(*given):
+        plans.append(plan_ranks(*given))
+        names = [name for name in given[0] if name.endswith("up_proj.weight")]
         return RankPlan({name: 3 + i for i, name in enumerate(names)}, 2.5, 0.25)
 
     monkeypatch.setattr(modes, "plan_ranks", planned)

@@ -15,7 +15,7 @@ import u2a_fast
 from u2a_fast.influence import lowrank, modes
 from u2a_fast.influence.derivatives import DerivativePass
 from u2a_fast.influence.layers import choose_layers
-from u2a_fast.influence.ranks import Profile, RankPlan, plan_ranks
+from u2a_fast.influence.ranks import Profile, RankPlan, exact_units, plan_ranks
 from u2a_fast.influence.topk import best, certify, recall_of_shortlist
 from u2a_fast.store import Journal, read_scores, score_to_parquet, write_scores
 from u2a_fast.store import journal as journal_module
@@ -173,7 +173,7 @@ def test_topk_plans_its_ranks_or_scores_all() -> None:
     exact = scorer("gpt2").score(rows)
     assert found.id.tolist() == exact.id[best(exact.score, 3)].tolist()
     plan = scorer("gpt2").plan_topk(rows, 3)
-    assert (found.report.rescored < 300) == plan.pays == (plan.units < 3)
+    assert (found.report.rescored < 300) == plan.pays == (plan.units < plan.exact)
     assert scorer("gpt2").topk(rows[:20], 3).report.note  # too few to plan for
 
 
@@ -194,6 +194,8 @@ def test_ranks_go_where_the_bound_falls_most() -> None:
     plan = plan_ranks(profiles, np.arange(10.0), 0.1)
     assert plan.ranks == {"steep": 16, "flat": 4}
     assert plan.rescored == 0.1 and plan.units == pytest.approx(2 + 200 * 20 / 20000 + 0.3)
+    assert plan.pays and not plan_ranks(profiles, np.arange(10.0), 0.1, exact_units("forward", "cpu")).pays
+    assert exact_units("forward", "cuda") == 3 > exact_units("reverse", "cpu")
 
 
 def test_shortlist_is_exact_where_it_says() -> None:
@@ -318,7 +320,7 @@ class Ranking:
             self.tell("profiles", 1, 1)
             return profiles(*arguments)
 
-        def planned(found, scores, share):
+        def planned(found, *_):
             uneven = {name: 2 + i % 2 for i, name in enumerate(found)}
             return RankPlan(uneven, 3.5 if how == "exact top k" else 2.5, 0.1)
 

@@ -1,7 +1,8 @@
 """How a scorer's modes turn negatives into scores: exactly, by low rank, by a shortlist, by some layers; the best k.
 
-Costs in units of a forward pass (u2a_fast docs/design.md): exact 3, ``lowrank`` 2 and a little, ``layers``
-1 + 2 fraction, ``shortlist`` and ``topk`` a low-rank pass and 3 for each negative that is rescored.
+Costs in units of a forward pass (u2a_fast docs/design.md): exact 3 by arithmetic and less as measured
+(``ranks.exact_units``), ``lowrank`` 2 and a little, ``layers`` 1 + 2 fraction, ``shortlist`` and ``topk`` a low-rank
+pass and an exact score for each negative that is rescored.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from u2a_fast.data.packing import Example, batched
 from u2a_fast.influence.derivatives import Approximate, DerivativePass, is_out_of_memory
 from u2a_fast.influence.layers import choose_layers, keep_layers
 from u2a_fast.influence.lowrank import spectra, truncate
-from u2a_fast.influence.ranks import GRID, Profile, RankPlan, plan_ranks
+from u2a_fast.influence.ranks import GRID, Profile, RankPlan, exact_units, plan_ranks
 from u2a_fast.influence.routes import Choice, Pass, run_batches, run_parts
 from u2a_fast.influence.scores import Scores, ScoringReport
 from u2a_fast.influence.topk import (
@@ -329,13 +330,14 @@ def plan(run: Run, k: int) -> RankPlan:
 
 
 def _plan(run: Run, k: int) -> RankPlan:
-    n = len(run.items)
+    n, (passes, choice) = len(run.items), run.exact()
+    exact = exact_units(choice.mode, passes.decoder.device.type)
     if n < NO_PLAN * PLAN_SAMPLE or k >= n:
-        return RankPlan({}, 3.0, 1.0)
+        return RankPlan({}, exact, 1.0, exact)
     positions = np.sort(np.random.default_rng(0).choice(n, PLAN_SAMPLE, replace=False))
-    rows = run.evaluate(run.exact()[0], positions, "sample")
+    rows = run.evaluate(passes, positions, "sample")
     slope = run.slope(torch.from_numpy(rows.nll), positions).abs().numpy()
-    return plan_ranks(_profiles(run, positions, slope), rows.score, k / n)
+    return plan_ranks(_profiles(run, positions, slope), rows.score, k / n, exact)
 
 
 def _profiles(run: Run, positions: np.ndarray, slope: np.ndarray) -> dict[str, Profile]:

@@ -5,7 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["GRID", "Profile", "RankPlan", "plan_ranks"]
+__all__ = ["GRID", "Profile", "RankPlan", "exact_units", "plan_ranks"]
+
+# Forward passes that an exact score takes on the CPU, by route (docs/benchmarks.md): less than the arithmetic's 3, as
+# the head sees answers alone. A GPU is believed to take what the arithmetic says.
+CPU_UNITS = {"forward": 2.2, "reverse": 2.8}
+EXACT_UNITS = 3.0
 
 GRID = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
@@ -27,20 +32,31 @@ class Profile:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Ranks by parameter name (absent: exact), the units a negative expected of them, the share to be rescored."""
+    """Ranks by parameter name (absent: exact), the units a negative expected of them, the share to be rescored.
+
+    ``exact``: the units of an exact score.
+    """
 
     ranks: dict[str, int]
     units: float
     rescored: float
+    exact: float = EXACT_UNITS
 
     @property
     def pays(self) -> bool:
         """Whether that is less than an exact score of everything."""
-        return self.units < 3
+        return self.units < self.exact
 
 
-def plan_ranks(profiles: Mapping[str, Profile], scores: np.ndarray, share: float) -> RankPlan:
-    """The cheapest ranks by the cost model: 2 units and the contractions for everything, 3 for what is rescored.
+def exact_units(route: str, device: str) -> float:
+    """Forward passes that an exact score takes by that route ("forward", "reverse") on a type of device."""
+    return CPU_UNITS[route] if device == "cpu" else EXACT_UNITS
+
+
+def plan_ranks(
+    profiles: Mapping[str, Profile], scores: np.ndarray, share: float, exact: float = EXACT_UNITS
+) -> RankPlan:
+    """The cheapest ranks by the cost model: 2 units and the contractions for all, ``exact`` for what is rescored.
 
     Weights start at their lowest rank and are raised along the lower convex hull of (cost, mean bound), steepest step
     first, up to exact ones; on that path the cheapest point is taken. What must be rescored is read off the sample:
@@ -50,6 +66,7 @@ def plan_ranks(profiles: Mapping[str, Profile], scores: np.ndarray, share: float
         profiles: by parameter name.
         scores: (m) of the sample.
         share: k / n of the top k that is wanted.
+        exact: units of an exact score (``exact_units``).
     """
     whole = sum(p.shape[0] * p.shape[1] for p in profiles.values())
     threshold = np.quantile(scores, 1 - share)
@@ -60,9 +77,9 @@ def plan_ranks(profiles: Mapping[str, Profile], scores: np.ndarray, share: float
             at[name] = index
         bound = sum((p.bounds[at[n]] for n, p in profiles.items() if at[n] < len(p.ranks)), np.zeros(len(scores)))
         rescored = max(share, float((scores + bound >= threshold).mean()))
-        units = 2 + sum(_cost(p, at[n]) for n, p in profiles.items()) / max(whole, 1) + 3 * rescored
+        units = 2 + sum(_cost(p, at[n]) for n, p in profiles.items()) / max(whole, 1) + exact * rescored
         ranks = {n: p.ranks[at[n]] for n, p in profiles.items() if at[n] < len(p.ranks)}
-        plans.append(RankPlan(ranks, units, rescored))
+        plans.append(RankPlan(ranks, units, rescored, exact))
     return min(plans, key=lambda plan: plan.units)
 
 
