@@ -1,7 +1,10 @@
 """The benchmarks run on tiny cases, refuse to time what is wrong, and their tables are what the rows say; no times."""
 
+import argparse
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -401,9 +404,39 @@ def _mib() -> dict[str, float]:
     return {"peak_mib": 3.0, "plain_forward_mib": 4.0, "logits_mib": 2.0, "weights_mib": 1.0}
 
 
-def test_the_gpu_script_is_valid_shell() -> None:
-    done = subprocess.run(["bash", "-n", str(ROOT / "benchmarks" / "gpu.sh")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+class _Parsed(Exception):
+    pass
+
+
+def test_the_gpu_script_gives_every_command_arguments_that_it_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, tools = tmp_path / "commands", tmp_path / "tools"
+    tools.mkdir()
+    for name in ("python", "compute-sanitizer", "ncu"):
+        (tools / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >>"{log}"\n')
+        (tools / name).chmod(0o755)
+    (tmp_path / "gpu.jsonl").write_text("{}\n")
+    chosen = {"PYTHON": str(tools / "python"), "OUT": str(tmp_path), "WHEELS": str(tmp_path), "PEERS": "1"}
+    environment = {**os.environ, **chosen, "PATH": f"{tools}:{os.environ['PATH']}"}
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    def parse(parser: argparse.ArgumentParser, argv: Any) -> None:
+        parse_args(parser, argv)
+        raise _Parsed
+
+    parse_args = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    seen = set()
+    for line in log.read_text().splitlines():
+        if found := re.search(r"-m (benchmarks\.\w+)(.*)", line):
+            seen.add(found[1])
+            module = importlib.import_module(f"{found[1]}.__main__" if found[1].endswith("peers") else found[1])
+            with pytest.raises(_Parsed):
+                module.main(found[2].split())
+    assert seen == {f"benchmarks.{name}" for name in ("large", "throughput", "sanitize", "run", "slowest", "peers")}
 
 
 def test_large_workloads_give_rows_and_goals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
