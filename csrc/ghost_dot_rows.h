@@ -18,12 +18,15 @@ class LongRows {
   // Comes before the first product of the MR rows from r on.
   void load(int64_t r) { E::pack_a(a_.from_row(r), rows_ - r, panels_.depth(), panels_.at(r)); }
 
-  // c (MR x NR) = those rows, k of their depths from `depth` on, times a panel of B.
+  // Those rows, k of their depths from `depth` on, times a panel of B. A tile may reach c (MR x NR) as late as within the
+  // next call, which calls beside(share) for each of kShares while c holds it; finish(c) brings the last.
   template <class Beside>
   void multiply(int64_t r, int64_t depth, const typename E::Packed* b, int64_t k, typename E::Accumulate* c,
-                const Beside& beside) const {
-    E::multiply(panels_.at(r) + E::a_panel_size(depth), b, k, c, E::NR, false, beside);
+                const Beside& beside) {
+    for (int64_t share = 0; share < E::kShares; ++share) beside(share);
+    E::multiply(panels_.at(r) + E::a_panel_size(depth), b, k, c, E::NR, false);
   }
+  void finish(typename E::Accumulate*) const {}
 
  private:
   View<T> a_;
@@ -49,7 +52,6 @@ class RowDots {
     const S* row = tile + first * E::NR;
     if (columns < E::NR) return add_part(from, row, columns, first, end);
     for (int64_t t = first; t < end; ++t, from += stride_, row += E::NR) {
-      for (int64_t c = 0; c < E::NR; c += 64 / sizeof(T)) __builtin_prefetch(from + E::MR * stride_ + c, 0, 2);
       E::add_dot(from, row, sum_ + t);
     }
   }
@@ -157,20 +159,22 @@ class TokenDots {
 
   // dots += g_t^T B a_t for the MR rows of A from r on and `columns` rows of B from `first` on. Tiles are one panel wide,
   // so that they and a step of the rows stay in the level-1 cache; a tile is dotted while the next is being multiplied.
-  void add_panel(const LongRows<E, T>& a, int64_t r, const Panels<E>& b, int64_t first, int64_t columns,
+  void add_panel(LongRows<E, T>& a, int64_t r, const Panels<E>& b, int64_t first, int64_t columns,
                  RowDots<E, T>& dots) {
-    alignas(64) S tile[2][E::MR * E::NR];
-    int64_t previous = 0, made = 0;
+    constexpr int64_t kNone = -1;
+    alignas(64) S tile[E::MR * E::NR];
+    int64_t previous = kNone;
     const auto dot_previous = [&](int64_t share) {
-      if (made > 0) dots.add(tile[1 - made % 2], previous, smaller<int64_t>(E::NR, columns - previous), share);
+      if (previous != kNone) dots.add(tile, previous, smaller<int64_t>(E::NR, columns - previous), share);
     };
     for (int64_t depth = 0; depth < b.depth(); depth += blocking_.step) {
       const int64_t k = smaller(blocking_.step, b.depth() - depth);
-      for (int64_t c = 0; c < columns; c += E::NR, ++made) {
-        a.multiply(r, depth, b.at(first + c) + E::b_panel_size(depth), k, tile[made % 2], dot_previous);
+      for (int64_t c = 0; c < columns; c += E::NR) {
+        a.multiply(r, depth, b.at(first + c) + E::b_panel_size(depth), k, tile, dot_previous);
         previous = c;
       }
     }
+    a.finish(tile);
     for (int64_t share = 0; share < E::kShares; ++share) dot_previous(share);
   }
 
