@@ -118,9 +118,9 @@ struct TileEngine {
     store_sums(c, ldc);
   }
 
-  // The same for tiles one after the other: c (NR apart) receives the sums of the call before, of which one tile is
-  // stored while the next is already being multiplied again, and then has its shares of `beside`. store_sums, or the
-  // next call, stores these.
+  // The same for tiles one after the other: c, its rows NR apart, receives the sums of the call before, each register
+  // while the one before it is already multiplied again, and is then what `beside` works on. These sums are stored by
+  // the next call or by store_sums.
   template <class T, class Beside>
   static void multiply_next(const T* upper, const T* lower, int64_t next, int64_t stride, const Packed* b, int64_t k,
                             float* c, const Beside& beside) {
@@ -215,14 +215,15 @@ class LongRows<TileEngine, BFloat16> {
   using E = TileEngine;
 
  public:
-  LongRows(View<BFloat16> a, int64_t rows, int64_t depth)
+  LongRows(View<BFloat16> a, int64_t rows, int64_t depth, bool kept)
       : a_(a),
         rows_(rows),
         depth_(depth),
         stride_(round_up(depth, kLine) + kLine),
         in_place_(depth % kLine == 0 && a.row % kLine == 0 && a.row % (32 * kLine) != 0 &&
                   reinterpret_cast<uintptr_t>(a.data) % 64 == 0),
-        copy_((in_place_ ? E::MR : round_up(rows, E::MR)) * stride_ * sizeof(BFloat16)) {}
+        kept_(kept && !in_place_),
+        copy_((kept_ ? round_up(rows, E::MR) : E::MR) * stride_ * sizeof(BFloat16)) {}
 
   void load(int64_t r) {
     ahead_ = a_.data + (r + E::MR) * a_.row;
@@ -252,8 +253,8 @@ class LongRows<TileEngine, BFloat16> {
  private:
   static constexpr int64_t kLine = 64 / sizeof(BFloat16);
 
-  // Asks for the next panel's rows in the order of memory, in which the hardware reads on by itself: 4 lines a share are
-  // all of them where B has 256 columns. Behind the last row there may be anything, since nothing is read.
+  // Asks for the next panel's rows in the order of memory, in which the hardware reads on by itself: 4 lines a share
+  // are all of them where B has 256 columns. Behind the last row there may be anything, since nothing is read.
   void ask_ahead() {
     for (int64_t line = 0; line < 4 && ahead_rows_ > 0; ++line) {
       __builtin_prefetch(ahead_ + ahead_column_, 0, 2);
@@ -266,11 +267,11 @@ class LongRows<TileEngine, BFloat16> {
   }
 
   bool reads_in_place(int64_t r) const { return in_place_ && r + E::MR <= rows_; }
-  int64_t copied(int64_t r) const { return in_place_ ? 0 : r; }
+  int64_t copied(int64_t r) const { return kept_ ? r : 0; }
 
   View<BFloat16> a_;
   int64_t rows_, depth_, stride_;
-  bool in_place_;
+  bool in_place_, kept_;
   Buffer copy_;
   const BFloat16* ahead_ = nullptr;
   int64_t ahead_rows_ = 0, ahead_column_ = 0;
