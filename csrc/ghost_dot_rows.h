@@ -58,7 +58,7 @@ class RowDots {
     const S* row = tile + first * E::NR;
     if (columns < E::NR) return add_part(from, row, columns, first, end);
     for (int64_t t = first; t < end; ++t, from += stride_, row += E::NR) {
-      // Beside products in shares, prefetches would take the fill buffers that these load B through.
+      // Beside tile loads, prefetches cost more than they bring.
       if constexpr (E::kShares == 1)
         for (int64_t c = 0; c < E::NR; c += 64 / sizeof(T)) __builtin_prefetch(from + E::MR * stride_ + c, 0, 2);
       E::add_dot(from, row, sum_ + t);
