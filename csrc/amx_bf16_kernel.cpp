@@ -111,17 +111,51 @@ struct TileEngine {
     }
     const int64_t steps = ceil_div(k, 2 * W);
     for (int64_t step = 0; step < steps; ++step, upper += next, lower += next, b += 2 * kTile) {
-      _tile_loadd(4, upper, stride);
-      _tile_loadd(6, b, 64);
-      _tile_loadd(7, b + kTile, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, lower, stride);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      add_step(upper, lower, stride, b);
       if (step < kShares) beside(step);
     }
     for (int64_t share = steps; share < kShares; ++share) beside(share);
+    store_sums(c, ldc);
+  }
+
+  // The same for tiles one after the other: c, its rows NR apart, receives the sums of the call before, each register
+  // while the one before it is already multiplied again, and is then what `beside` works on. These sums are stored by
+  // the next call or by store_sums.
+  template <class T, class Beside>
+  static void multiply_next(const T* upper, const T* lower, int64_t next, int64_t stride, const Packed* b, int64_t k,
+                            float* c, const Beside& beside) {
+    constexpr int64_t kRowBytes = NR * sizeof(float);
+    memory_fence();
+    _tile_loadd(4, upper, stride);
+    _tile_loadd(6, b, 64);
+    _tile_stored(0, c, kRowBytes);
+    _tile_zero(0);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b + kTile, 64);
+    _tile_stored(1, c + W, kRowBytes);
+    _tile_zero(1);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, lower, stride);
+    _tile_stored(2, c + W * NR, kRowBytes);
+    _tile_zero(2);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_stored(3, c + W * NR + W, kRowBytes);
+    _tile_zero(3);
+    _tile_dpbf16ps(3, 5, 7);
+    memory_fence();
+    beside(0);
+    const int64_t steps = ceil_div(k, 2 * W);
+    for (int64_t step = 1; step < steps; ++step) {
+      upper += next, lower += next, b += 2 * kTile;
+      add_step(upper, lower, stride, b);
+      if (step < kShares) beside(step);
+    }
+    for (int64_t share = larger<int64_t>(1, steps); share < kShares; ++share) beside(share);
+  }
+
+  static void store_sums(float* c, int64_t ldc) {
+    const int64_t row_bytes = ldc * sizeof(float);
+    memory_fence();
     _tile_stored(0, c, row_bytes);
     _tile_stored(1, c + W, row_bytes);
     _tile_stored(2, c + W * ldc, row_bytes);
@@ -130,6 +164,17 @@ struct TileEngine {
   }
 
  private:
+  template <class T>
+  static void add_step(const T* upper, const T* lower, int64_t stride, const Packed* b) {
+    _tile_loadd(4, upper, stride);
+    _tile_loadd(6, b, 64);
+    _tile_loadd(7, b + kTile, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, lower, stride);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
   static Packed* b_row(Packed* panel, int64_t q, int64_t half) {
     return panel + (q / W * 2 + half) * kTile + q % W * W;
   }
@@ -170,16 +215,20 @@ class LongRows<TileEngine, BFloat16> {
   using E = TileEngine;
 
  public:
-  LongRows(View<BFloat16> a, int64_t rows, int64_t depth)
+  LongRows(View<BFloat16> a, int64_t rows, int64_t depth, bool kept)
       : a_(a),
         rows_(rows),
         depth_(depth),
         stride_(round_up(depth, kLine) + kLine),
         in_place_(depth % kLine == 0 && a.row % kLine == 0 && a.row % (32 * kLine) != 0 &&
                   reinterpret_cast<uintptr_t>(a.data) % 64 == 0),
-        copy_((in_place_ ? E::MR : round_up(rows, E::MR)) * stride_ * sizeof(BFloat16)) {}
+        kept_(kept && !in_place_),
+        copy_((kept_ ? round_up(rows, E::MR) : E::MR) * stride_ * sizeof(BFloat16)) {}
 
   void load(int64_t r) {
+    ahead_ = a_.data + (r + E::MR) * a_.row;
+    ahead_rows_ = E::MR;
+    ahead_column_ = 0;
     if (reads_in_place(r)) return;
     BFloat16* to = copy_.as<BFloat16>() + copied(r) * stride_;
     for (int64_t i = 0; i < E::MR; ++i, to += stride_) {
@@ -190,22 +239,42 @@ class LongRows<TileEngine, BFloat16> {
   }
 
   template <class Beside>
-  void multiply(int64_t r, int64_t depth, const uint32_t* b, int64_t k, float* c, const Beside& beside) const {
+  void multiply(int64_t r, int64_t depth, const uint32_t* b, int64_t k, float* c, const Beside& beside) {
     const bool here = reads_in_place(r);
     const int64_t row = here ? a_.row : stride_;
     const BFloat16* upper = (here ? a_.data + r * row : copy_.as<BFloat16>() + copied(r) * row) + depth;
-    E::multiply_tiles(upper, upper + E::W * row, kLine, row * sizeof(BFloat16), b, k, c, E::NR, false, beside);
+    E::multiply_next(upper, upper + E::W * row, kLine, row * sizeof(BFloat16), b, k, c, [&](int64_t share) {
+      beside(share);
+      ask_ahead();
+    });
   }
+  void finish(float* c) const { E::store_sums(c, E::NR); }
 
  private:
   static constexpr int64_t kLine = 64 / sizeof(BFloat16);
+
+  // Asks for the next panel's rows in the order of memory, in which the hardware reads on by itself: 4 lines a share
+  // are all of them where B has 256 columns. Behind the last row there may be anything, since nothing is read.
+  void ask_ahead() {
+    for (int64_t line = 0; line < 4 && ahead_rows_ > 0; ++line) {
+      __builtin_prefetch(ahead_ + ahead_column_, 0, 2);
+      ahead_column_ += kLine;
+      if (ahead_column_ < depth_) continue;
+      ahead_column_ = 0;
+      ahead_ += a_.row;
+      --ahead_rows_;
+    }
+  }
+
   bool reads_in_place(int64_t r) const { return in_place_ && r + E::MR <= rows_; }
-  int64_t copied(int64_t r) const { return in_place_ ? 0 : r; }
+  int64_t copied(int64_t r) const { return kept_ ? r : 0; }
 
   View<BFloat16> a_;
   int64_t rows_, depth_, stride_;
-  bool in_place_;
+  bool in_place_, kept_;
   Buffer copy_;
+  const BFloat16* ahead_ = nullptr;
+  int64_t ahead_rows_ = 0, ahead_column_ = 0;
 };
 
 }  // namespace

@@ -9,25 +9,34 @@
 namespace u2a {
 namespace {
 
-// Rows of A, each `depth` long, as the row form multiplies them. This one packs; engines that need not have their own.
+// Rows of A, each `depth` long, as the row form multiplies them. Where no other pass needs them they are not kept: MR
+// rows take the place of those before, which the caches still hold. This one packs; engines that need not have their
+// own.
 template <class E, class T>
 class LongRows {
  public:
-  LongRows(View<T> a, int64_t rows, int64_t depth) : a_(a), rows_(rows), panels_(rows, depth, true) {}
+  LongRows(View<T> a, int64_t rows, int64_t depth, bool kept)
+      : a_(a), rows_(rows), kept_(kept), panels_(kept ? rows : E::MR, depth, true) {}
 
   // Comes before the first product of the MR rows from r on.
-  void load(int64_t r) { E::pack_a(a_.from_row(r), rows_ - r, panels_.depth(), panels_.at(r)); }
+  void load(int64_t r) { E::pack_a(a_.from_row(r), rows_ - r, panels_.depth(), panel(r)); }
 
-  // c (MR x NR) = those rows, k of their depths from `depth` on, times a panel of B.
+  // Those rows, k of their depths from `depth` on, times a panel of B. A tile may reach c (MR x NR) as late as in the
+  // next call, which calls beside(share) for each of kShares while c holds it; finish(c) brings the last.
   template <class Beside>
   void multiply(int64_t r, int64_t depth, const typename E::Packed* b, int64_t k, typename E::Accumulate* c,
-                const Beside& beside) const {
-    E::multiply(panels_.at(r) + E::a_panel_size(depth), b, k, c, E::NR, false, beside);
+                const Beside& beside) {
+    for (int64_t share = 0; share < E::kShares; ++share) beside(share);
+    E::multiply(panel(r) + E::a_panel_size(depth), b, k, c, E::NR, false);
   }
+  void finish(typename E::Accumulate*) const {}
 
  private:
+  typename E::Packed* panel(int64_t r) const { return panels_.at(kept_ ? r : 0); }
+
   View<T> a_;
   int64_t rows_;
+  bool kept_;
   Panels<E> panels_;
 };
 
@@ -49,7 +58,9 @@ class RowDots {
     const S* row = tile + first * E::NR;
     if (columns < E::NR) return add_part(from, row, columns, first, end);
     for (int64_t t = first; t < end; ++t, from += stride_, row += E::NR) {
-      for (int64_t c = 0; c < E::NR; c += 64 / sizeof(T)) __builtin_prefetch(from + E::MR * stride_ + c, 0, 2);
+      // Beside tile loads, prefetches cost more than they bring.
+      if constexpr (E::kShares == 1)
+        for (int64_t c = 0; c < E::NR; c += 64 / sizeof(T)) __builtin_prefetch(from + E::MR * stride_ + c, 0, 2);
       E::add_dot(from, row, sum_ + t);
     }
   }
@@ -91,7 +102,7 @@ struct RowBlocking {
     cached = larger<int64_t>(E::NR, smaller(packed, kColumnBytes / bytes / E::NR * E::NR));
   }
 
-  static constexpr int64_t kMostRows = 256;
+  static constexpr int64_t kMostRows = 512;
 
  private:
   static constexpr int64_t kPanelBytes = 16 << 10, kColumnBytes = 768 << 10;
@@ -140,7 +151,8 @@ class TokenDots {
       b.pack_dotted(View<T>{from.data + i, from.row, 1}, columns, parallel_, j * width);
     }
     const auto add_rows = [&](int64_t first, int64_t rows) {
-      LongRows<E, T> a({a_.from_row(first).data + i, a_.row, 1}, rows, b.depth());
+      LongRows<E, T> a({a_.from_row(first).data + i, a_.row, 1}, rows, b.depth(),
+                       count > 1 || columns > blocking_.cached);
       for (int64_t j = 0; j < count; ++j)
         for (int64_t c = 0; c < columns; c += blocking_.cached)
           for (int64_t r = 0; r < rows; r += E::MR) {
@@ -158,20 +170,22 @@ class TokenDots {
   // dots += g_t^T B a_t for the MR rows of A from r on and `columns` rows of B from `first` on. Tiles are one panel
   // wide, so that they and a step of the rows stay in the level-1 cache; a tile is dotted while the next is being
   // multiplied.
-  void add_panel(const LongRows<E, T>& a, int64_t r, const Panels<E>& b, int64_t first, int64_t columns,
+  void add_panel(LongRows<E, T>& a, int64_t r, const Panels<E>& b, int64_t first, int64_t columns,
                  RowDots<E, T>& dots) {
-    alignas(64) S tile[2][E::MR * E::NR];
-    int64_t previous = 0, made = 0;
+    constexpr int64_t kNone = -1;
+    alignas(64) S tile[E::MR * E::NR];
+    int64_t previous = kNone;
     const auto dot_previous = [&](int64_t share) {
-      if (made > 0) dots.add(tile[1 - made % 2], previous, smaller<int64_t>(E::NR, columns - previous), share);
+      if (previous != kNone) dots.add(tile, previous, smaller<int64_t>(E::NR, columns - previous), share);
     };
     for (int64_t depth = 0; depth < b.depth(); depth += blocking_.step) {
       const int64_t k = smaller(blocking_.step, b.depth() - depth);
-      for (int64_t c = 0; c < columns; c += E::NR, ++made) {
-        a.multiply(r, depth, b.at(first + c) + E::b_panel_size(depth), k, tile[made % 2], dot_previous);
+      for (int64_t c = 0; c < columns; c += E::NR) {
+        a.multiply(r, depth, b.at(first + c) + E::b_panel_size(depth), k, tile, dot_previous);
         previous = c;
       }
     }
+    a.finish(tile);
     for (int64_t share = 0; share < E::kShares; ++share) dot_previous(share);
   }
 
