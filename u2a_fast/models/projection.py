@@ -118,9 +118,9 @@ class SecondMoments:
     """sum_t a_t a_t^T and sum_t g_t g_t^T of a linear layer's inputs and output gradients, for their principal axes.
 
     The covariances of K-FAC (Martens and Grosse 2015, arXiv:1503.05671), from which LoGra's PCA initialization takes
-    its projections (Choe et al. 2024, arXiv:2405.13954, section 3). They are sums over tokens, not centred, added up
-    batch by batch in float64; no gradient of an example is formed. It stands where a projection stands, in ``Capture``,
-    and contracts to nothing.
+    its projections (Choe et al. 2024, arXiv:2405.13954). They are sums over tokens, not centred: a batch's is a product
+    in float32 at least, and batches add up in float64. No gradient of an example is formed. The object stands in
+    ``Capture`` where a projection stands, and contracts to nothing.
 
     Sides of more than 1024 are seen through C Omega alone, Omega random with 2 k + 8 columns, from which the leading
     eigenvectors of C are those of the Nystrom approximation C Omega (Omega^T C Omega)^+ (C Omega)^T (Tropp, Yurtsever,
@@ -145,7 +145,8 @@ class SecondMoments:
         """Add a batch's tokens, (N, I) and (N, O), except for those that are not finite; returns (0, B)."""
         finite = (a.isfinite().all(1) & g.isfinite().all(1))[:, None]
         for moment, x in ((self._inputs, a), (self._outputs, g)):
-            moment.add(torch.where(finite, x.double(), 0.0))
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            moment.add(torch.where(finite, x, 0.0))
         return g.new_zeros(0, len(cu_seqlens) - 1)
 
     def basis(self, dtype: torch.dtype) -> TwoSided:
@@ -160,27 +161,28 @@ class _Moment:
         self._size, self._k, self._seed, self._device = size, k, seed, device
         self._sum: Tensor | None = None
         self._probe: Tensor | None = None
+        self._eps = 0.0  # of the products
 
     def add(self, x: Tensor) -> None:
         if self._sum is None:
             columns = 2 * self._k + OVERSAMPLING
             if self._size > max(EXACT_SIDE, columns):
                 generator = torch.Generator().manual_seed(self._seed)
-                probe = torch.randn(self._size, columns, generator=generator, dtype=torch.float64)
-                self._probe = probe.to(self._device)
-            self._sum = x.mT @ (x if self._probe is None else x @ self._probe)
-        else:
-            self._sum.addmm_(x.mT, x if self._probe is None else x @ self._probe)
+                self._probe = torch.randn(self._size, columns, generator=generator, dtype=x.dtype).to(self._device)
+            width = self._size if self._probe is None else columns
+            self._sum = torch.zeros(self._size, width, dtype=torch.float64, device=self._device)
+            self._eps = torch.finfo(x.dtype).eps
+        self._sum += x.mT @ (x if self._probe is None else x @ self._probe)
 
     def leading(self) -> Tensor:
         """(n, k), orthonormal, the largest eigenvalue first."""
         assert self._sum is not None, "there is nothing to decompose before the first batch"
         if self._probe is None:
             return torch.linalg.eigh(self._sum)[1][:, -self._k :].flip(1)
-        core = self._probe.mT @ self._sum
+        core = self._probe.mT.double() @ self._sum
         values, vectors = torch.linalg.eigh((core + core.mT) / 2)
         # Directions that the sample does not have are rounding, and their inverse roots would drown the others. They
         # become columns of zeros, which the decomposition completes to an orthonormal basis.
-        small = values <= values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
+        small = values <= values[-1].clamp(min=0) * len(values) * self._eps
         scale = torch.where(small, 0.0, values.clamp(min=torch.finfo(values.dtype).tiny).rsqrt())
         return torch.linalg.svd(self._sum @ (vectors * scale), full_matrices=False)[0][:, : self._k]
