@@ -4,10 +4,13 @@
 
 The direction is the gradient of the mean answer NLL of 64 positives. For every rank: Spearman against exact scores,
 the energy kept, and the share of the negatives that a certified top k scores exactly, k being 1 % and 10 % of them;
-``planned`` is the share with ranks planned by cost. For ``layers`` the Spearman by the fraction of the cost.
+``planned`` is the share with ranks planned by cost. For ``layers`` the Spearman by the fraction of the cost. For
+``index``, by projection at about as many entries a negative: Spearman, the share of the direction's squared norm that
+it sees, and the share of the true top k among the 4 k best estimates.
 """
 
 import argparse
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -17,18 +20,20 @@ import numpy as np
 import torch
 
 from benchmarks.workloads import Workload, hh, hh_missing
-from u2a_fast import SFT, InfluenceScorer
+from u2a_fast import SFT, GradientIndex, InfluenceScorer
 from u2a_fast.bench.rows import Row, make_row, write_rows
 from u2a_fast.influence.derivatives import DerivativePass
 from u2a_fast.influence.lowrank import truncate
 from u2a_fast.influence.routes import run_batches
 from u2a_fast.influence.scorer import Scores
 from u2a_fast.influence.topk import best, certify
+from u2a_fast.sketch import MAX_DIM
 from u2a_fast.statistics import spearman
 
 __all__ = ["main", "measure"]
 
 RANKS = (16, 32, 64, 128)
+INDEX_SIDE = 16  # k: two-sided projections keep k^2 entries of every layer
 
 
 class GateError(RuntimeError):
@@ -60,6 +65,7 @@ def measure(workload: Workload, *, ranks: Sequence[int] = RANKS) -> Row:
         values["layers"][fraction] = {"spearman": spearman(found.score, exact.score), "layers": chosen}
     found = make(mode="shortlist", rank=ranks[0], fraction=0.2).score(workload.examples)
     values["shortlist"] = {name: _report(found)[name] for name in ("rescored", "recall", "recall_interval")}
+    values["index"] = _index(scorer, workload, exact, ks)
     return make_row("modes", workload.name, values, gate="every certified top k is the top k by exact score")
 
 
@@ -77,6 +83,32 @@ def _rescored(
     if not (np.abs(score - exact.score) <= bound).all():
         raise GateError(f"a bound of rank {rank} does not hold")
     return {k: certify(score, bound, lambda p: exact.score[p], k)[1].count() / len(exact) for k in ks}
+
+
+def _index(scorer: InfluenceScorer, workload: Workload, exact: Scores, ks: Sequence[int]) -> dict[str, Any]:
+    """Spearman, coverage and recall by projection; the sketch last, as wide as the others or as it can be."""
+    downhill = {name: -v for name, v in scorer.direction().items()}
+    found: dict[str, Any] = {}
+    width = MAX_DIM
+    for projection in ("pca", "random", "identity", "sketch"):
+        dim = min(width, MAX_DIM) if projection == "sketch" else INDEX_SIDE**2
+        with tempfile.TemporaryDirectory() as folder:
+            index = GradientIndex.build(
+                workload.model, workload.examples, folder, projection=projection, dim=dim, parameters="all"
+            )
+            estimates, width = index.scores(downhill), index.shards.manifest["width"]
+            found[projection] = {
+                "width": width,
+                "spearman": spearman(estimates, exact.score),
+                "coverage": index.coverage(downhill),
+                "recall": {k: _recall(estimates, exact.score, k) for k in ks},
+            }
+    return found
+
+
+def _recall(estimates: np.ndarray, exact: np.ndarray, k: int) -> float:
+    """Share of the true top k among the 4 k best estimates."""
+    return len(set(best(exact, k).tolist()) & set(best(estimates, 4 * k).tolist())) / k
 
 
 def _report(scores: Scores) -> dict[str, Any]:
@@ -99,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GateError as error:
         print(f"GATE FAILED: {error}")
         return 1
-    for name in ("lowrank", "layers", "shortlist", "certified"):
+    for name in ("lowrank", "layers", "shortlist", "certified", "index"):
         for case, value in row[name].items():
             print(f"{name:<10} {case}: {value}", flush=True)
     if options.out:

@@ -320,6 +320,7 @@ def test_refusals_of_an_index(files, index, tmp_path):
     for options, words in [
         (["--dim", 31], "expected dim an int from 32 to 8192"),
         (["--projection", "random", "--dim", 10], "expected a square number"),
+        (["--projection", "pca", "--dim", 10], "expected a square number"),
         (["--negatives", tmp_path / "absent.jsonl"], "no such file or folder"),
         (["--model", tmp_path / "absent"], "no such folder"),
     ]:
@@ -416,6 +417,31 @@ def test_an_interrupted_index_resumes_to_the_same_bytes(files, many_shards, tmp_
     assert 16 <= resumed["resumed_rows"] < COUNT
     for shard in sorted((many_shards / "gradients").glob("*.npy")):
         assert shard.read_bytes() == (tmp_path / "out" / "gradients" / shard.name).read_bytes()
+
+
+def test_an_index_of_principal_axes_resumes_to_the_same_bytes_and_scores(files, exact, tmp_path):
+    options = ("--projection", "pca", "--dim", 64, "--pca-sample", 40, "--shard-rows", 4)
+    run(*building(files, tmp_path / "whole", *options))
+    arguments = building(files, tmp_path / "out", *options)
+    process = start(arguments)
+    wait_for(tmp_path / "out" / "gradients" / "shard-000003.npy", process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    refused = error_line(run(*arguments, "--pca-sample", 41, code=2))
+    assert "holds an unfinished index made with other settings (pca_sample: 40 then, 41 now)" in refused
+    assert 16 <= json.loads(run(*arguments, "--json").stdout)["resumed_rows"] < COUNT
+    for file in sorted((tmp_path / "whole" / "gradients").iterdir()):
+        assert file.read_bytes() == (tmp_path / "out" / "gradients" / file.name).read_bytes()
+    report = json.loads(run(*asking(files, tmp_path / "out", tmp_path / "s", "--candidates", 40, "--json")).stdout)
+    assert 0 < report["scoring"]["coverage"] < 1
+    found = read_scores(tmp_path / "s")
+    known = dict(zip(exact["id"], exact["score"], strict=True))
+    np.testing.assert_allclose(found["score"], [known[name] for name in found["id"]], rtol=1e-5)
+
+
+def test_an_unknown_projection_is_refused_by_name(files, tmp_path):
+    refused = run(*building(files, tmp_path / "out", "--projection", "svd"), code=2)
+    assert "svd" in refused.stderr and "identity" in refused.stderr and not (tmp_path / "out").exists()
 
 
 RANKING = {

@@ -47,11 +47,14 @@ _BUILD: o.Group = {
     "reduction": o.LOSS["reduction"],
     "projection": (
         o.option(
-            o.ProjectionKind, "sketch: --dim entries in all. random: --dim a layer, a square number, made faster."
+            o.ProjectionKind,
+            "sketch: --dim entries in all. Others, --dim a layer, a square number: random; pca: its principal axes, "
+            "measured on --pca-sample; identity: its first outputs and inputs.",
         ),
         o.ProjectionKind.sketch,
     ),
     "dim": (o.option(int, "Entries that a gradient is shortened to; the error falls as their root.", min=1), 4096),
+    "pca_sample": (o.option(int, "For pca: negatives, drawn by --seed, that axes are measured on.", min=1), 256),
     "shard_rows": (o.option(int, "Negatives a file, and between two checkpoints.", min=1), 1024),
 }
 
@@ -64,7 +67,7 @@ def build(context: typer.Context) -> None:
     """Project the gradient of every negative and keep it; about the cost of scoring them all once."""
     p, out = context.params, context.params["out"]
     refuse_existing(context, BUILT)
-    check_options(str(p["projection"]), p["dim"], p["seed"], p["shard_rows"])
+    check_options(str(p["projection"]), p["dim"], p["seed"], p["shard_rows"], p["pca_sample"])
     place = resolve_device(p["device"])
     tokenizer, settings = inputs.tokenization(p)
     negatives = inputs.read_the_negatives(p, tokenizer, settings)
@@ -107,7 +110,7 @@ def _build(p: Mapping[str, Any], model: Any, examples: list[dict[str, Any]]) -> 
             reduction=str(p["reduction"]),
             dtype=inputs.scoring_dtype(p),
             on_progress=update,
-            **{name: p[name] for name in ("dim", "seed", "token_budget", "shard_rows")},
+            **{name: p[name] for name in ("dim", "seed", "pca_sample", "token_budget", "shard_rows")},
         )
     return found, resumed[0]
 

@@ -120,6 +120,8 @@ class ProjectionKind(StrEnum):
 
     sketch = "sketch"
     random = "random"
+    pca = "pca"
+    identity = "identity"
 
 
 def option(kind: Any, text: str, *names: str, **settings: Any) -> Any:

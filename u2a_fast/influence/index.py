@@ -5,8 +5,8 @@ embeddings are left out, so scores are those of the direction's linear part (``c
 up to the projection's error. They choose candidates; what counts is rescored exactly, with all parameters.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import cache
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -17,89 +17,18 @@ from torch import nn
 
 from u2a_fast._check import check_sketch
 from u2a_fast.data.packing import Example
-from u2a_fast.influence.derivatives import DerivativeBatch, DerivativePass, Direction, resolve_token_budget
+from u2a_fast.influence.derivatives import DerivativePass, Direction, resolve_token_budget
 from u2a_fast.influence.lowrank import linear_weights
-from u2a_fast.influence.routes import directional_derivatives, run_batches
-from u2a_fast.models.capture import Capture
-from u2a_fast.models.decoder import Decoder, reduce_tokens
-from u2a_fast.models.parameters import parameter_names, selected_parameters
-from u2a_fast.models.projection import Projection, Sketch, two_sided
+from u2a_fast.influence.projections import BASES, PROJECTIONS, Projections, Projector
+from u2a_fast.influence.routes import directional_derivatives
+from u2a_fast.models.decoder import Decoder
+from u2a_fast.models.parameters import selected_parameters
 from u2a_fast.store.fingerprint import hash_examples, hash_model
 from u2a_fast.store.gradients import GradientShards
 
 __all__ = ["PROJECTIONS", "GradientIndex", "check_options", "indexed_weights"]
 
-PROJECTIONS = ("sketch", "random")
 _VERSION = 1
-
-
-class _Projections:
-    """How every linear weight of a model is projected, and where its entries stand in a row.
-
-    A sketch's entries are sums over all layers; a two-sided projection's stand layer after layer.
-    """
-
-    def __init__(self, decoder: Decoder, names: Collection[str], kind: str, dim: int, seed: int) -> None:
-        self.weights = {name: transposed for name, transposed in linear_weights(decoder).items() if name in names}
-        self.by_name: dict[str, Projection] = {}
-        self.slices: dict[str, slice] = {}
-        named = dict(decoder.model.named_parameters())
-        start = 0
-        for i, (name, transposed) in enumerate(self.weights.items()):
-            shape = named[name].shape[::-1] if transposed else named[name].shape
-            own = (seed << 20) + i
-            if kind == "sketch":
-                self.by_name[name] = Sketch(dim, own)
-            else:
-                self.by_name[name] = two_sided(shape[0], shape[1], isqrt(dim), own, named[name].device)
-            self.slices[name] = slice(start, start + dim)
-            start += dim if kind == "random" else 0
-        self.width = start if kind == "random" else dim
-
-    def project(self, direction: Direction) -> np.ndarray:
-        """The direction's linear part, projected, (width) float32."""
-        out = np.zeros(self.width, dtype=np.float64)
-        for name, projection in self.by_name.items():
-            if name in direction:
-                v = direction[name].detach().float()
-                found = projection.project(v.mT.contiguous() if self.weights[name] else v)
-                out[self.slices[name]] += found.double().cpu().numpy()
-        return out.astype(np.float32)
-
-
-class _ProjectionPass:
-    """A ``Pass`` whose directions are the rows of the projection: derivatives (width, B)."""
-
-    def __init__(
-        self, model: nn.Module, names: Collection[str], kind: str, dim: int, seed: int, reduction: str, dtype: Any
-    ) -> None:
-        self._passes = DerivativePass(model, [], reduction=reduction, dtype=dtype)
-        self.decoder, self.double = self._passes.decoder, self._passes.double
-        self.decoder.materialize_head()
-        self.projections = _Projections(self.decoder, names, kind, dim, seed)
-        self.count = self.projections.width
-        with self.running():
-            self._capture = Capture(self.decoder, {}, self.projections.by_name)
-        name_of = parameter_names(model)
-        self._name_of = {site.path: name_of[id(site.module.weight)] for site in self._capture.sites}
-
-    def batches(self, examples: Sequence[Example], token_budget: int) -> list[tuple[list[int], list[Example]]]:
-        return self._passes.batches(examples, token_budget)
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        with self._passes.running():
-            yield
-
-    def __call__(self, examples: Sequence[Example]) -> DerivativeBatch:
-        packed = self.decoder.pack(examples)
-        logp, _ = self._passes.propagate(packed, self._capture)
-        with torch.no_grad():
-            nll = -reduce_tokens(logp.detach()[None], packed, self._passes.reduction)[0]
-            out = torch.zeros(self.count, len(examples), dtype=torch.float64, device=nll.device)
-            for path, part in self._capture.parts().items():
-                out[self.projections.slices[self._name_of[path]]] += part
-        return DerivativeBatch(out, nll, torch.tensor(packed.scored))
 
 
 class GradientIndex:
@@ -110,8 +39,8 @@ class GradientIndex:
         folder: what ``build`` wrote.
 
     Raises:
-        FileNotFoundError: there is no index, or an unfinished one.
-        ValueError: it was built with another model, or by another version.
+        FileNotFoundError: there is no index, an unfinished one, or one of ``pca`` without its projections.
+        ValueError: it was built with another model, or by another version, or its projections are damaged.
     """
 
     def __init__(self, model: nn.Module, folder: Path | str) -> None:
@@ -127,7 +56,9 @@ class GradientIndex:
             )
         decoder = Decoder(model)
         decoder.materialize_head()
-        self._projections = _Projections(decoder, m["weights"], m["projection"], m["dim"], m["seed"])
+        self._projections = Projections(decoder, m["weights"], m["projection"], m["dim"], m["seed"])
+        if m["projection"] == "pca":
+            self._projections.load(self.shards.folder / BASES)
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -142,6 +73,7 @@ class GradientIndex:
         projection: str = "sketch",
         dim: int = 4096,
         seed: int = 0,
+        pca_sample: int = 256,
         parameters: str | Sequence[str] = "trainable",
         reduction: str = "mean",
         token_budget: int | None = None,
@@ -158,10 +90,16 @@ class GradientIndex:
             examples: B mappings with ``input_ids`` and ``labels``.
             folder: gets ``manifest.json`` and B x width float32 in shards.
             projection: ``"sketch"``: width ``dim``, summed over layers, Var <= 2 |x|^2 |y|^2 / dim (``grad_sketch``).
-                ``"random"``: two-sided, ``dim`` = k^2 for every layer, Var <= (4/k + 4/k^2) |x|^2 |y|^2 in each
-                (``grad_project``), cheaper to make.
-            dim: 32 to 8192 for a sketch, a square number for ``"random"``.
-            seed: of the projection, from 0 to 2^31 - 1.
+                The others are two-sided (``grad_project``), cheaper to make, and keep Q x P entries of every layer
+                (O, I), with k^2 = ``dim``. ``"random"``: Q = P = k, Var <= (4/k + 4/k^2) |x|^2 |y|^2 in each.
+                ``"pca"``: the Q = min(k, O) principal axes of the layer's output gradients and the P = min(k, I) of its
+                inputs, over the tokens of a sample (``models.projection.SecondMoments``). ``"identity"``: its first
+                min(k, O) outputs and min(k, I) inputs. The last two are not unbiased: what is outside their span is
+                left out, of gradients and directions alike; where k reaches O and I they are exact.
+            dim: 32 to 8192 for a sketch, else a square number.
+            seed: of a random projection and of the sample of ``"pca"``, from 0 to 2^31 - 1.
+            pca_sample: examples that the axes are measured on, a forward and a backward pass each; all, where there are
+                not more. Without effect on other projections.
             parameters: which linear weights, as ``models.selected_parameters`` takes it.
             reduction: NLL_i is the ``"mean"`` or the ``"sum"`` over example i's scored tokens.
             token_budget, dtype: as ``directional_derivatives`` takes them.
@@ -169,13 +107,18 @@ class GradientIndex:
             on_progress: called with (examples done, of how many) at the start and after every shard.
 
         Raises:
-            ValueError: an option or an example is wrong, or no linear layer is selected.
+            ValueError: an option or an example is wrong, no linear layer is selected, or ``"pca"`` has no example.
             FileExistsError: the folder holds an index of another model, other examples or options.
+            FileNotFoundError: the folder holds rows of ``"pca"`` without their projections.
         """
-        check_options(projection, dim, seed, shard_rows)
+        check_options(projection, dim, seed, shard_rows, pca_sample)
         names = indexed_weights(model, parameters)
-        passes = _ProjectionPass(model, names, projection, dim, seed, reduction, dtype)
-        budget = resolve_token_budget(token_budget, passes.decoder.device)
+        passes = DerivativePass(model, [], reduction=reduction, dtype=dtype)
+        passes.decoder.materialize_head()
+        projections = Projections(passes.decoder, names, projection, dim, seed)
+        if projection == "pca" and not examples:
+            raise ValueError("[index] expected examples to measure the projections of pca on, got none")
+        projector = Projector(passes, projections, resolve_token_budget(token_budget, passes.decoder.device))
         manifest = {
             "version": _VERSION,
             "model": hash_model(model),
@@ -186,17 +129,18 @@ class GradientIndex:
             "reduction": reduction,
             "dtype": str(dtype),
             "rows": len(examples),
-            "width": passes.count,
+            "width": projections.width,
             "shard_rows": shard_rows,
-            "weights": list(passes.projections.weights),
-        }
+            "weights": list(projections.weights),
+        } | ({"pca_sample": pca_sample} if projection == "pca" else {})
+
+        @cache
+        def settle() -> None:
+            projector.settle(Path(folder), [examples[i] for i in _sample(len(examples), pca_sample, seed)])
 
         def compute(rows: range) -> np.ndarray:
-            out = np.empty((len(rows), passes.count), dtype=np.float32)
-            with passes.running():
-                for positions, result in run_batches(passes, [examples[i] for i in rows], budget):
-                    out[positions] = result.derivatives.T.cpu().numpy()
-            return out
+            settle()
+            return projector.rows([examples[i] for i in rows])
 
         GradientShards.fill(folder, manifest, compute, on_progress)
         return cls(model, folder)
@@ -213,14 +157,25 @@ class GradientIndex:
             raise ValueError(f"[index] expected the reduction {m['reduction']!r} of the index, got {reduction!r}")
 
     def scores(self, direction: Direction) -> np.ndarray:
-        """Estimates of <direction, grad NLL_i> over the linear weights, unbiased, (B) float32: one matrix product."""
+        """Estimates of <direction, grad NLL_i> over the linear weights, (B) float32: one matrix product.
+
+        Unbiased for ``"sketch"`` and ``"random"``; for ``"pca"`` and ``"identity"`` the derivative along that part of
+        the direction which is in their span.
+        """
         return self.shards.product(self._projections.project(direction))
 
     def coverage(self, direction: Direction) -> float:
-        """Share of ||direction||^2 in the weights that the index holds; NaN for a direction of zero."""
-        squared = {name: float(v.double().square().sum()) for name, v in direction.items()}
-        whole = sum(squared.values())
-        return sum(squared.get(name, 0.0) for name in self._projections.weights) / whole if whole else float("nan")
+        """Share of ||direction||^2 that the index sees; NaN for a direction of zero.
+
+        That in the weights it holds, and of ``"pca"`` and ``"identity"`` that in the span of their axes.
+        """
+        whole = sum(float(v.double().square().sum()) for v in direction.values())
+        if not whole:
+            return float("nan")
+        if self._projections.orthonormal:
+            return float(np.square(self._projections.project(direction)).sum()) / whole
+        held = (direction[name] for name in self._projections.weights if name in direction)
+        return sum(float(v.double().square().sum()) for v in held) / whole
 
     def candidates(self, direction: Direction, k: int) -> np.ndarray:
         """Positions of the k largest estimates (all, where there are not more), best first."""
@@ -269,15 +224,22 @@ def indexed_weights(model: nn.Module, parameters: str | Sequence[str] = "trainab
     return names
 
 
-def check_options(projection: str, dim: int, seed: int, shard_rows: int) -> None:
+def check_options(projection: str, dim: int, seed: int, shard_rows: int, pca_sample: int) -> None:
     """Raise ValueError for an option of ``GradientIndex.build`` that is out of its range."""
     if projection not in PROJECTIONS:
         raise ValueError(f"[index] expected a projection out of {list(PROJECTIONS)}, got {projection!r}")
     if not 0 <= seed < 2**31:
         raise ValueError(f"[index] expected a seed from 0 to 2^31 - 1, got {seed}")
-    if shard_rows < 1:
-        raise ValueError(f"[index] expected shard_rows of at least 1, got {shard_rows}")
+    for name, value in (("shard_rows", shard_rows), ("pca_sample", pca_sample)):
+        if value < 1:
+            raise ValueError(f"[index] expected {name} of at least 1, got {value}")
     if projection == "sketch":
         check_sketch("index", dim, seed)
     elif dim < 1 or isqrt(dim) ** 2 != dim:
-        raise ValueError(f"[index] expected a square number as dim of random projections, got {dim}")
+        raise ValueError(f"[index] expected a square number as dim of the projection {projection!r}, got {dim}")
+
+
+def _sample(total: int, count: int, seed: int) -> list[int]:
+    """Positions of ``count`` examples drawn from ``seed``, all where there are not more, in their order."""
+    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]
+    return sorted(chosen.tolist())

@@ -11,13 +11,13 @@ from u2a_fast import ops
 from u2a_fast.models.decoder import segment_sum
 from u2a_fast.models.kinds import Kind
 from u2a_fast.models.low_rank import LowRank, Spectrum
-from u2a_fast.models.projection import Projection
+from u2a_fast.models.projection import Projection, SecondMoments
 from u2a_fast.models.stacks import readable
 
 __all__ = ["Contraction", "Factors", "Site", "contraction"]
 
 Contraction = Callable[[Tensor, Tensor], Tensor]  # (output gradient, cu_seqlens) -> (K, B), more rows for factors
-Factors = LowRank | Spectrum | Projection
+Factors = LowRank | Spectrum | Projection | SecondMoments
 
 
 @dataclass
