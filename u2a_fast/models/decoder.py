@@ -12,7 +12,7 @@ from u2a_fast.data.packing import IGNORE_INDEX, Example, Packed, pack
 from u2a_fast.data.sharing import pack_shared
 from u2a_fast.models.attention import packed_layout
 from u2a_fast.models.parameters import floating_parameters, replaced_forwards
-from u2a_fast.models.quantized import dequantized_forwards, rounding
+from u2a_fast.models.quantized import compute_dtypes, dequantized_forwards
 
 __all__ = ["Decoder", "Head", "check_packing", "segment_sum", "sequence_logprobs"]
 
@@ -208,9 +208,10 @@ def check_packing(decoder: Decoder) -> None:
         ours = decoder.token_logprobs(decoder.pack(examples))
         alone = [_own_logprobs(decoder, example["input_ids"]) for example in examples]
     expected = torch.cat(alone).to(ours.dtype)
-    # half of the digits; float32 even for float64 models, many of which compute norms and softmax in float32
+    # half of the digits of what rounds most: float32 even for float64 models, many of which compute norms and softmax
+    # in float32; quantized layers may round to a dtype of their own
     floating = next(iter(floating_parameters(decoder.body).values())).dtype
-    eps = max(torch.finfo(floating).eps, torch.finfo(torch.float32).eps, rounding(decoder.model))
+    eps = max(torch.finfo(dtype).eps for dtype in {floating, torch.float32} | compute_dtypes(decoder.model))
     # a model whose weights hold NaN is still understood: its scores will say NaN
     both_nan = ours.isnan() & expected.isnan()
     error = ((ours - expected) / expected.abs().clamp(min=1)).masked_fill(both_nan, 0).abs().max()

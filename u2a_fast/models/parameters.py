@@ -11,7 +11,14 @@ from torch import nn
 from u2a_fast.models.kinds import Kind, kind_of
 from u2a_fast.models.quantized import dequantized_forwards, is_quantized
 
-__all__ = ["KINDS", "evaluation_mode", "floating_parameters", "parameter_names", "replaced_forwards", "selected_parameters"]
+__all__ = [
+    "KINDS",
+    "evaluation_mode",
+    "floating_parameters",
+    "parameter_names",
+    "replaced_forwards",
+    "selected_parameters",
+]
 
 KINDS = ("linear", "bias", "norm", "embedding", "lm_head", "lora")
 

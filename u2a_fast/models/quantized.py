@@ -22,18 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["dequantize", "dequantized_forwards", "is_dequantizable", "is_quantized", "rounding", "weight_of"]
+__all__ = ["compute_dtypes", "dequantize", "dequantized_forwards", "is_dequantizable", "is_quantized", "weight_of"]
 
 _FORWARDS = ("Linear4bit.forward", "Linear8bitLt.forward")
 
 
 def is_dequantizable(module: nn.Module) -> bool:
-    """Whether this is a linear layer of bitsandbytes with a quantized weight, whose ``forward`` is the library's own."""
+    """Whether this is a linear layer of bitsandbytes, ``forward`` its own, whose weight is quantized by now."""
     forward = type(module).forward
     if getattr(forward, "__module__", None) != "bitsandbytes.nn.modules" or forward.__qualname__ not in _FORWARDS:
         return False
     weight: Any = module.weight
-    # 4 bits may be stored in a floating-point dtype (quant_storage); 8 bits with has_fp16_weights are not stored as such
+    # 4 bits may be stored in a floating-point dtype (quant_storage); with has_fp16_weights, 8 bits are not stored
     return weight.dtype == torch.int8 if forward.__qualname__ == "Linear8bitLt.forward" else _state(module) is not None
 
 
@@ -55,7 +55,8 @@ def weight_of(module: Any, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight (O, I) of a layer that ``is_dequantizable``, in ``dtype``; float64 holds the float32 numbers."""
     scaled = torch.float32 if dtype == torch.float64 else dtype
     if module.weight.dtype == torch.int8:
-        scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
+        scales = getattr(module.weight, "SCB", None)  # there until the layer's first own forward pass
+        scales = module.state.SCB if scales is None else scales
         return (module.weight.data * (scales / 127)[:, None]).to(scaled).to(dtype)
     # An optional library, loaded already by whoever made the layer.
     from bitsandbytes.functional import dequantize_4bit
@@ -113,10 +114,10 @@ def dequantized_forwards(model: nn.Module) -> list[tuple[nn.Module, Callable[...
     return found
 
 
-def rounding(model: nn.Module) -> float:
-    """The largest machine epsilon among the compute dtypes of the quantized layers; 0 where there are none."""
-    dtypes = (getattr(module, "compute_dtype", None) for module in model.modules() if is_dequantizable(module))
-    return max((torch.finfo(dtype).eps for dtype in dtypes if dtype is not None), default=0.0)
+def compute_dtypes(model: nn.Module) -> set[torch.dtype]:
+    """Precisions that quantized layers compute in whatever their inputs', float64 aside."""
+    found = {getattr(module, "compute_dtype", None) for module in model.modules() if is_dequantizable(module)}
+    return {dtype for dtype in found if dtype is not None}
 
 
 def dequantize(model: nn.Module) -> nn.Module:

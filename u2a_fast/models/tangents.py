@@ -74,14 +74,14 @@ def _confirm_linear(module: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 4, module.in_features, generator=generator).to(module.weight.device, next(iter(dtypes), None))
     own, bias = type(module).forward, getattr(module, "bias", None)
-    first, second, both = (own(module, rows) for rows in (*x, x.sum(0)))
+    first, second, both = (own(module, rows[None]) for rows in (*x, x.sum(0)))
     size = first.abs().max() + second.abs().max()
     error = (first + second - both - (0 if bias is None else bias)).abs().max()
     # rounding of the inputs' sum and of three products' sums
     if not error <= 16 * torch.finfo(x.dtype).eps * size:
         raise NotImplementedError(
             f"[forward] expected quantized layers that are linear in their input, got a {type(module).__name__} "
-            f"(off by {float(error / size):.1e}): one that rounds its input is a step function, whose tangent is nothing"
+            f"(off by {float(error / size):.1e}): one that rounds its input is a step function"
         )
 
 
