@@ -127,6 +127,16 @@ def test_both_routes_are_exact_in_the_dequantized_weights(
     assert all(torch.equal(x, before[name]) for name, x in stored_bytes(model).items())
 
 
+def test_lora_layers_that_stay_as_peft_runs_them_are_not_taken_for_their_base(checkpoint: Path) -> None:
+    model, batch = adapted(load(checkpoint, KINDS["nf4"])), tiny.examples(4)
+    model.add_adapter("other", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "other"])
+    v = along(model)
+    assert any(".other." in name for name in v)
+    for mode in ("forward", "reverse"):
+        assert relative(u2a_fast.directional_derivatives(model, batch, v, mode=mode), truth(model, batch, v)) <= 1e-5
+
+
 @pytest.mark.parametrize("options", [KINDS["nf4"], KINDS["int8"]], ids=["nf4", "int8"])
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_scores_are_those_of_the_dequantized_model(checkpoint: Path, options: dict[str, Any], kind: str) -> None:
