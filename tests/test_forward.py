@@ -205,6 +205,9 @@ def test_a_quantized_base_runs_in_forward_mode() -> None:
     assert choice.mode == "forward"
     forward, reverse = (u2a_fast.directional_derivatives(model, batch, v, mode=mode) for mode in ("forward", "reverse"))
     torch.testing.assert_close(forward, reverse, rtol=1e-6, atol=1e-8)
+    v |= {name: torch.ones_like(p) for name, p in model.named_parameters() if "_proj.bias" in name}
+    got = u2a_fast.directional_derivatives(model, batch, v, mode="forward")
+    torch.testing.assert_close(got, tiny.per_example(model, batch, v), rtol=1e-6, atol=1e-8)
     assert all("forward" not in vars(module) for module in model.modules())
     assert "model.layers.0.mlp.down_proj" not in passes.explain()
 

@@ -21,7 +21,7 @@ from u2a_fast.models.gated import short_gated_units
 from u2a_fast.models.lora import short_lora
 from u2a_fast.models.low_rank import LowRankHead
 from u2a_fast.models.norms import short_rms_norms
-from u2a_fast.models.parameters import evaluation_mode, parameter_names
+from u2a_fast.models.parameters import evaluation_mode, floating_parameters, parameter_names
 from u2a_fast.models.rotary import short_rotaries
 from u2a_fast.models.stacks import stack
 from u2a_fast.models.tiled_head import TiledHead, tiled_head_is_cheaper
@@ -92,7 +92,7 @@ def stack_directions(
 @contextmanager
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Floating-point parameters in ``dtype`` for the duration of the block; the originals come back untouched."""
-    originals = [(p, p.data) for p in model.parameters() if p.is_floating_point() and p.dtype != dtype]
+    originals = [(p, p.data) for p in floating_parameters(model).values() if p.dtype != dtype]
     try:
         for p, data in originals:
             p.data = data.to(dtype)

@@ -13,7 +13,8 @@ from u2a_fast.data.packing import IGNORE_INDEX, Example
 from u2a_fast.influence.derivatives import Direction
 from u2a_fast.influence.routes import directional_derivatives
 from u2a_fast.models.decoder import Decoder
-from u2a_fast.models.parameters import evaluation_mode, selected_parameters
+from u2a_fast.models.parameters import evaluation_mode, floating_parameters, selected_parameters
+from u2a_fast.models.quantized import compute_dtypes, dequantize, is_dequantizable
 from u2a_fast.statistics import spearman
 
 __all__ = ["BOUNDS", "Check", "SelftestReport", "random_examples", "selftest"]
@@ -89,6 +90,7 @@ def selftest(
     """Compare <v, grad NLL_i> by every route and precision with autograd, one example at a time, in float64.
 
     The truth is that of a float64 copy of the model, run by transformers alone: nothing of this package takes part.
+    Layers that bitsandbytes quantized are plain linear layers there, of the weights that it dequantizes.
 
     Args:
         model: a transformers causal LM or a PEFT model around one; left as it was found.
@@ -100,7 +102,7 @@ def selftest(
         seed: of the direction and of random examples.
 
     Raises:
-        ValueError: an option or an example is wrong, or the model's weights are quantized.
+        ValueError: an option or an example is wrong, or the model's weights are quantized by another library.
         MemoryError: a float64 copy, its gradient and the direction do not fit beside the model.
     """
     if unknown := [dtype for dtype in dtypes if dtype not in BOUNDS]:
@@ -143,10 +145,16 @@ def _random_direction(model: nn.Module, names: Sequence[str], seed: int) -> dict
 
 
 def _check_memory(model: nn.Module, names: Sequence[str]) -> None:
-    named = dict(model.named_parameters())
-    if quantized := [name for name, p in named.items() if not p.is_floating_point()]:
-        raise ValueError(f"[selftest] expected floating-point weights, got the quantized {quantized[0]}")
-    needed = 8 * (sum(p.numel() for p in named.values()) + 2 * sum(named[name].numel() for name in names))
+    named = floating_parameters(model)
+    layers: list[Any] = [module for module in model.modules() if is_dequantizable(module)]
+    known = {id(p) for p in (*named.values(), *(layer.weight for layer in layers))}
+    if unknown := [name for name, p in model.named_parameters() if id(p) not in known]:
+        raise ValueError(
+            f"[selftest] expected floating-point weights or layers of bitsandbytes, got the quantized {unknown[0]}"
+        )
+    entries = sum(layer.in_features * layer.out_features for layer in layers)
+    entries += sum(p.numel() for p in named.values()) + 2 * sum(named[name].numel() for name in names)
+    needed = 8 * entries
     device = next(model.parameters()).device
     free = _free_memory(device)
     if free is not None and needed > free:
@@ -170,7 +178,7 @@ def _free_memory(device: torch.device) -> int | None:
 
 def _exact(model: nn.Module, examples: Sequence[Example], direction: Direction) -> Tensor:
     """<v, grad NLL_i> by autograd in float64, the model's own forward pass on one example at a time, (B)."""
-    exact: Any = copy.deepcopy(model).double()
+    exact: Any = dequantize(copy.deepcopy(model)).double()
     named = dict(exact.named_parameters())
     wanted = [named[name] for name in direction]
     out = []
@@ -194,7 +202,9 @@ def _check(
     dtype: torch.dtype,
     token_budget: int | None,
 ) -> Check:
-    name, bound = str(dtype).removeprefix("torch."), BOUNDS[dtype]
+    # quantized layers round to a dtype of their own, float64 aside
+    rounded = {dtype} if dtype == torch.float64 else {dtype} | compute_dtypes(model)
+    name, bound = str(dtype).removeprefix("torch."), max(BOUNDS[each] for each in rounded)
     try:
         found = directional_derivatives(
             model, examples, direction, mode=route, dtype=dtype, token_budget=token_budget

@@ -11,6 +11,8 @@ from u2a_fast import ops
 from u2a_fast.data.packing import IGNORE_INDEX, Example, Packed, pack
 from u2a_fast.data.sharing import pack_shared
 from u2a_fast.models.attention import packed_layout
+from u2a_fast.models.parameters import floating_parameters, replaced_forwards
+from u2a_fast.models.quantized import compute_dtypes, dequantized_forwards
 
 __all__ = ["Decoder", "Head", "check_packing", "segment_sum", "sequence_logprobs"]
 
@@ -123,7 +125,7 @@ class Decoder:
     def hidden(self, packed: Packed) -> Tensor:
         """Last hidden states (N, D); example i sees its own tokens only."""
         self._refuse_what_packing_breaks(packed)
-        with packed_layout(self.lm, packed):
+        with packed_layout(self.lm, packed), replaced_forwards(dequantized_forwards(self.body)):
             out = self.body(
                 input_ids=packed.input_ids[None],
                 position_ids=packed.position_ids[None],
@@ -134,7 +136,8 @@ class Decoder:
 
     def logits(self, h: Tensor) -> Tensor:
         """Logits (M, V) of hidden states (M, D) through the head module itself, float32 or float64."""
-        z = self.head_module(h[None])[0] * self.scale
+        with replaced_forwards(dequantized_forwards(self.head_module)):
+            z = self.head_module(h[None])[0] * self.scale
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
 
@@ -205,8 +208,10 @@ def check_packing(decoder: Decoder) -> None:
         ours = decoder.token_logprobs(decoder.pack(examples))
         alone = [_own_logprobs(decoder, example["input_ids"]) for example in examples]
     expected = torch.cat(alone).to(ours.dtype)
-    # half of the digits; float32 even for float64 models, many of which compute norms and softmax in float32
-    eps = max(torch.finfo(next(decoder.body.parameters()).dtype).eps, torch.finfo(torch.float32).eps)
+    # half of the digits of what rounds most: float32 even for float64 models, many of which compute norms and softmax
+    # in float32; quantized layers may round to a dtype of their own
+    floating = next(iter(floating_parameters(decoder.body).values())).dtype
+    eps = max(torch.finfo(dtype).eps for dtype in {floating, torch.float32} | compute_dtypes(decoder.model))
     # a model whose weights hold NaN is still understood: its scores will say NaN
     both_nan = ours.isnan() & expected.isnan()
     error = ((ours - expected) / expected.abs().clamp(min=1)).masked_fill(both_nan, 0).abs().max()

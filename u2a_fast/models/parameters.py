@@ -9,8 +9,16 @@ import torch
 from torch import nn
 
 from u2a_fast.models.kinds import Kind, kind_of
+from u2a_fast.models.quantized import dequantized_forwards, is_quantized
 
-__all__ = ["KINDS", "evaluation_mode", "parameter_names", "replaced_forwards", "selected_parameters"]
+__all__ = [
+    "KINDS",
+    "evaluation_mode",
+    "floating_parameters",
+    "parameter_names",
+    "replaced_forwards",
+    "selected_parameters",
+]
 
 KINDS = ("linear", "bias", "norm", "embedding", "lm_head", "lora")
 
@@ -18,6 +26,15 @@ KINDS = ("linear", "bias", "norm", "embedding", "lm_head", "lora")
 def parameter_names(model: nn.Module) -> dict[int, str]:
     """id of every parameter -> its name in ``model.named_parameters()``, which names tied ones once."""
     return {id(p): name for name, p in model.named_parameters()}
+
+
+def floating_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that hold their entries as floating-point numbers, by name.
+
+    Quantized weights are none, though 4 bits may be stored in a floating-point dtype.
+    """
+    stored = {id(module.weight) for module in model.modules() if is_quantized(module)}
+    return {name: p for name, p in model.named_parameters() if p.is_floating_point() and id(p) not in stored}
 
 
 def _kinds(model: nn.Module) -> dict[int, set[str]]:
@@ -55,7 +72,7 @@ def selected_parameters(model: nn.Module, select: str | Sequence[str] = "trainab
     Raises:
         ValueError: the selection is unknown or selects nothing.
     """
-    named = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    named = floating_parameters(model)
     if select == "trainable":
         chosen = {name: p for name, p in named.items() if p.requires_grad}
     elif select == "all":
@@ -96,7 +113,7 @@ def replaced_forwards(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> 
 
 @contextmanager
 def evaluation_mode(model: nn.Module, trainable: Sequence[nn.Parameter] = ()) -> Iterator[None]:
-    """No dropout, and gradients for ``trainable`` alone, for the duration of the block."""
+    """No dropout, gradients for ``trainable`` alone, quantized layers in their dequantized weights, for the block."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     keep = {id(p) for p in trainable}
@@ -104,7 +121,7 @@ def evaluation_mode(model: nn.Module, trainable: Sequence[nn.Parameter] = ()) ->
         model.eval()
         for p, _ in flags:
             p.requires_grad_(id(p) in keep)
-        with torch.enable_grad():
+        with torch.enable_grad(), replaced_forwards(dequantized_forwards(model)):
             yield
     finally:
         for module, mode in modes:

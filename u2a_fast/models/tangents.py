@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from u2a_fast.models.kinds import Kind, kind_of
 from u2a_fast.models.parameters import parameter_names, replaced_forwards
+from u2a_fast.models.quantized import is_dequantizable, is_quantized
 
 __all__ = ["DualParameters", "has_tangent", "split_dual"]
 
@@ -41,28 +42,47 @@ class _Linear(torch.autograd.Function):
 
 
 class _Quantized(torch.autograd.Function):
-    """A linear layer whose weight is stored as integers and fixed: y = W x + b, so its tangent is W dx."""
+    """A layer confirmed to be y = W x + b whose weight is stored as integers and fixed: its tangent is W dx + db."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: nn.Module) -> Tensor:
-        ctx.module = module
-        return type(module).forward(module, x)
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, module: nn.Module) -> Tensor:
+        ctx.module, ctx.bias = module, bias
+        y = type(module).forward(module, x)
+        ctx.shape = y.shape
+        return y
 
     @staticmethod
-    def jvp(ctx: Any, dx: Tensor, _: None) -> Tensor:
+    def jvp(ctx: Any, dx: Tensor | None, dbias: Tensor | None, _: None) -> Tensor:
+        if dx is None:
+            assert dbias is not None, "one of the two has a tangent"
+            return dbias.expand(ctx.shape).clone()
         dy = type(ctx.module).forward(ctx.module, dx)
-        bias = getattr(ctx.module, "bias", None)
-        return dy if bias is None else dy - bias
-
-
-def _is_quantized(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    sized = isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features")
-    return sized and isinstance(weight, Tensor) and not weight.is_floating_point()
+        dy = dy if ctx.bias is None else dy - ctx.bias
+        return dy if dbias is None else dy + dbias
 
 
 def _quantized_forward(module: nn.Module) -> Any:
-    return lambda x: _Quantized.apply(x, module)
+    """The layer with its tangent, where random inputs confirm that it has one; else NotImplementedError."""
+    _confirm_linear(module)
+    return lambda x: _Quantized.apply(x, getattr(module, "bias", None), module)
+
+
+@torch.no_grad()
+def _confirm_linear(module: Any) -> None:
+    """Raise NotImplementedError for a layer that is not W x + b: one that rounds its input, say."""
+    dtypes = [t.dtype for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, module.in_features, generator=generator).to(module.weight.device, next(iter(dtypes), None))
+    own, bias = type(module).forward, getattr(module, "bias", None)
+    first, second, both = (own(module, rows[None]) for rows in (*x, x.sum(0)))
+    size = first.abs().max() + second.abs().max()
+    error = (first + second - both - (0 if bias is None else bias)).abs().max()
+    # rounding of the inputs' sum and of three products' sums
+    if not error <= 16 * torch.finfo(x.dtype).eps * size:
+        raise NotImplementedError(
+            f"[forward] expected quantized layers that are linear in their input, got a {type(module).__name__} "
+            f"(off by {float(error / size):.1e}): one that rounds its input is a step function"
+        )
 
 
 def _linear_forward(module: nn.Module) -> Any:
@@ -73,18 +93,23 @@ class DualParameters:
     """A direction prepared once as the tangents of a model's parameters, for many passes.
 
     The tangent of an embedding's padding row is zero, as its gradient is. Linear layers without a replaced forward run
-    through ``_Linear``, those of integer weights (4 and 8 bits), which no direction changes, through ``_Quantized``.
+    through ``_Linear``, those of integer weights, which no direction changes, through ``_Quantized`` (bitsandbytes' own
+    have a tangent of theirs, ``models/quantized.py``).
 
     Args:
         model: left as it was found.
         direction: parameter names of ``model`` -> tangents of the parameters' shapes and dtypes.
+
+    Raises:
+        NotImplementedError: a quantized layer is not linear in its input.
     """
 
     def __init__(self, model: nn.Module, direction: Mapping[str, Tensor]) -> None:
         self.direction = direction
         self._sites: list[tuple[nn.Module, str, nn.Parameter, Tensor]] = []
         self._linears = [(m, _linear_forward(m)) for m in model.modules() if type(m).forward is nn.Linear.forward]
-        self._linears += [(m, _quantized_forward(m)) for m in model.modules() if _is_quantized(m)]
+        unknown = (m for m in model.modules() if is_quantized(m) and not is_dequantizable(m))
+        self._linears += [(m, _quantized_forward(m)) for m in unknown]
         names = parameter_names(model)
         for module in model.modules():
             padding = getattr(module, "padding_idx", None) if kind_of(module) is Kind.EMBEDDING else None

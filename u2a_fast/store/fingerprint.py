@@ -34,6 +34,5 @@ def hash_model(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
         digest.update(f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}".encode())
-        if p.is_floating_point():
-            digest.update(p.detach().flatten()[:_SAMPLE].double().cpu().numpy().tobytes())
+        digest.update(p.detach().flatten()[:_SAMPLE].double().cpu().numpy().tobytes())
     return digest.hexdigest()
