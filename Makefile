@@ -5,6 +5,7 @@ VENV ?= .venv
 OUT ?= demo-out
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.9.0
+BITSANDBYTES ?= bitsandbytes==0.50.2
 
 # Every path is relative, so a checkout below a folder with spaces works too.
 BIN := $(VENV)/bin
@@ -68,6 +69,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
 # The CPU build of torch comes without Triton, which the kernel tests run through its interpreter; it exists for Linux only.
 $(VENV)/.tools: $(VENV)/.installed
 	$(PIP) install --constraint $(VENV)/.torch clang-format hypothesis mypy pytest pytest-xdist ruff || echo "WARNING: going on without"
+	@$(PIP) install --no-deps "$(BITSANDBYTES)" || echo "WARNING: no bitsandbytes here: the tests of its quantized layers will be skipped"
 	@if [ "$$(uname -s)" = Linux ] && ! $(BIN)/python -c 'import triton' 2>/dev/null; then set -x; \
 		$(PIP) install "$(TRITON)" || echo "WARNING: no Triton here: the tests of the GPU kernels will be skipped"; fi
 	@$(BIN)/python -c 'import pytest, hypothesis'
