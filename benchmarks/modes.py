@@ -5,8 +5,9 @@
 The direction is the gradient of the mean answer NLL of 64 positives. For every rank: Spearman against exact scores,
 the energy kept, and the share of the negatives that a certified top k scores exactly, k being 1 % and 10 % of them;
 ``planned`` is the share with ranks planned by cost. For ``layers`` the Spearman by the fraction of the cost. For
-``index``, by projection at about as many entries a negative: Spearman, the share of the direction's squared norm that
-it sees, and the share of the true top k among the 4 k best estimates.
+``index``, by projection at about as many entries a negative: Spearman against exact scores and against those of the
+linear weights alone, which is all that an index holds (``linear``: of these against exact scores), the share of the
+direction's squared norm that it sees, and the share of the true top k among the 4 k best estimates.
 """
 
 import argparse
@@ -20,13 +21,14 @@ import numpy as np
 import torch
 
 from benchmarks.workloads import Workload, hh, hh_missing
-from u2a_fast import SFT, GradientIndex, InfluenceScorer
+from u2a_fast import SFT, GradientIndex, InfluenceScorer, directional_derivatives
 from u2a_fast.bench.rows import Row, make_row, write_rows
 from u2a_fast.influence.derivatives import DerivativePass
-from u2a_fast.influence.lowrank import truncate
+from u2a_fast.influence.lowrank import linear_weights, truncate
 from u2a_fast.influence.routes import run_batches
 from u2a_fast.influence.scorer import Scores
 from u2a_fast.influence.topk import best, certify
+from u2a_fast.models.decoder import Decoder
 from u2a_fast.sketch import MAX_DIM
 from u2a_fast.statistics import spearman
 
@@ -88,7 +90,11 @@ def _rescored(
 def _index(scorer: InfluenceScorer, workload: Workload, exact: Scores, ks: Sequence[int]) -> dict[str, Any]:
     """Spearman, coverage and recall by projection; the sketch last, as wide as the others or as it can be."""
     downhill = {name: -v for name, v in scorer.direction().items()}
-    found: dict[str, Any] = {}
+    decoder = Decoder(workload.model)
+    decoder.materialize_head()
+    held = {name: downhill[name] for name in linear_weights(decoder)}
+    linear = directional_derivatives(workload.model, workload.examples, held).numpy()
+    found: dict[str, Any] = {"linear": {"spearman": spearman(linear, exact.score)}}
     width = MAX_DIM
     for projection in ("pca", "random", "identity", "sketch"):
         dim = min(width, MAX_DIM) if projection == "sketch" else INDEX_SIDE**2
@@ -100,6 +106,7 @@ def _index(scorer: InfluenceScorer, workload: Workload, exact: Scores, ks: Seque
             found[projection] = {
                 "width": width,
                 "spearman": spearman(estimates, exact.score),
+                "spearman_linear": spearman(estimates, linear),
                 "coverage": index.coverage(downhill),
                 "recall": {k: _recall(estimates, exact.score, k) for k in ks},
             }

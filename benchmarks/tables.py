@@ -487,6 +487,16 @@ def _modes(rows: list[Row]) -> str:
             (f"certified top k, {what}", "1 by proof", f"{share:.0%} scored exactly")
             for what, share in row["certified"].items()
         ]
+        lines += [
+            (
+                f"index, {name}, {found['width']:,} entries a negative",
+                f"{found['spearman']:.4f}",
+                f"{found['spearman_linear']:.4f} of the linear weights; among the 4 k best of the true top k: "
+                + ", ".join(f"{share:.0%} (k = {k})" for k, share in found["recall"].items()),
+            )
+            for name, found in row.get("index", {}).items()
+            if "width" in found
+        ]
         parts.append(f"`{row['case']}`, {n} negatives; {row['gate']}.\n\n{_grid(('what', 'Spearman', ''), lines)}")
     return "\n".join(parts)
 

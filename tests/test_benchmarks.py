@@ -268,7 +268,7 @@ def test_tables_from_rows(
         "| low rank 16 | 0.9900 | energy 0.70 |" in text
         and "| certified top k, rank 16, k = 1 | 1 by proof | 50%" in text
     )
-    assert "| `16-24-64x2-float32` |" in text
+    assert "| index, pca, 64 entries a negative | 0.7500 |" in text and "| `16-24-64x2-float32` |" in text
     assert text.count(tables.EMPTY) == 5, "only the GPU has no rows"
     with pytest.raises(ValueError, match="expected a table out of"):
         tables.render("<!-- table: other -->\n<!-- /table -->", [])
@@ -396,6 +396,10 @@ def _modes_row() -> Row:
         "layers": {"0.5": {"spearman": 0.9, "layers": [1]}},
         "shortlist": {"rescored": 4, "recall": 1.0, "recall_interval": [0.5, 1.0]},
         "certified": {"rank 16, k = 1": 0.5},
+        "index": {
+            "linear": {"spearman": 0.8},
+            "pca": {"width": 64, "spearman": 0.75, "spearman_linear": 0.9, "coverage": 0.5, "recall": {"1": 1.0}},
+        },
     }
     return make_row("modes", "tiny", values, gate="yes")
 
