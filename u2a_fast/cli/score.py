@@ -191,16 +191,18 @@ def score_result(summary: ScoreSummary, rows: Rows, negatives: Negatives, *, at_
         "scores": str(summary.path),
         "rows": summary.rows,
         "nonfinite": summary.nonfinite,
+        **({"unfit": summary.unfit} if summary.unfit else {}),
         "skipped": rows.report.bad_count + negatives.report.bad_count,
         "truncated": rows.report.truncated + negatives.report.truncated,
         "resumed_rows": summary.resumed_rows,
+        "token_budget": dict(summary.token_budget),
         **({"scoring": _of_the_run(summary.report, at_once)} if summary.report else {}),
     }
 
 
 def _of_the_run(report: ScoringReport, at_once: bool) -> dict[str, Any]:
     """What holds of the whole run, not of its last window, in a few lines."""
-    left_out = ("energy_by_parameter",) if at_once else ("rows", "rescored", "energy_by_parameter")
+    left_out = {"energy_by_parameter", "token_budget", "unfit"} | (set() if at_once else {"rows", "rescored"})
     return {name: value for name, value in report.to_dict().items() if name not in left_out}
 
 
@@ -208,7 +210,10 @@ def warn_of_rows(summary: ScoreSummary, wanted: int | None) -> None:
     """Say on stderr which scores are not finite, and where fewer than ``wanted`` negatives are there."""
     if wanted is not None and wanted > summary.rows:
         note(f"warning: --top-k {wanted} of {summary.rows} negatives: all of them, sorted")
-    if summary.nonfinite:
+    if summary.unfit:
+        note(f"warning: {summary.unfit} negatives do not fit in memory even alone and have no score (NaN): select "
+             "leaves them out; a lower --max-length or --dtype bfloat16 may let them fit")  # fmt: skip
+    if summary.nonfinite > summary.unfit:
         shown = ", ".join(summary.nonfinite_ids)
         more = ", ..." if summary.nonfinite > len(summary.nonfinite_ids) else ""
-        note(f"warning: {summary.nonfinite} scores are NaN or infinite and stay so: {shown}{more}")
+        note(f"warning: {summary.nonfinite - summary.unfit} scores are NaN or infinite and stay so: {shown}{more}")

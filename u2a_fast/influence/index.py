@@ -17,13 +17,15 @@ from torch import nn
 
 from u2a_fast._check import check_sketch
 from u2a_fast.data.packing import Example
-from u2a_fast.influence.derivatives import DerivativeBatch, DerivativePass, Direction, resolve_token_budget
+from u2a_fast.influence.derivatives import DerivativeBatch, DerivativePass, Direction, as_budget, kind_of
 from u2a_fast.influence.lowrank import linear_weights
 from u2a_fast.influence.routes import directional_derivatives, run_batches
 from u2a_fast.models.capture import Capture
 from u2a_fast.models.decoder import Decoder, reduce_tokens
+from u2a_fast.models.memory import Room, TokenBudget
 from u2a_fast.models.parameters import parameter_names, selected_parameters
 from u2a_fast.models.projection import Projection, Sketch, two_sided
+from u2a_fast.store.budget import read_budget, write_budget
 from u2a_fast.store.fingerprint import hash_examples, hash_model
 from u2a_fast.store.gradients import GradientShards
 
@@ -74,6 +76,7 @@ class _ProjectionPass:
         self, model: nn.Module, names: Collection[str], kind: str, dim: int, seed: int, reduction: str, dtype: Any
     ) -> None:
         self._passes = DerivativePass(model, [], reduction=reduction, dtype=dtype)
+        self.kind = kind_of("projection", dtype)
         self.decoder, self.double = self._passes.decoder, self._passes.double
         self.decoder.materialize_head()
         self.projections = _Projections(self.decoder, names, kind, dim, seed)
@@ -144,12 +147,14 @@ class GradientIndex:
         seed: int = 0,
         parameters: str | Sequence[str] = "trainable",
         reduction: str = "mean",
-        token_budget: int | None = None,
+        token_budget: int | TokenBudget | None = None,
         dtype: torch.dtype | None = None,
         shard_rows: int = 1024,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> "GradientIndex":
         """Project the gradients of all examples into ``folder``; a run that was broken off goes on at its last shard.
+
+        An example that does not fit in memory even alone gets a row of NaN, with a warning.
 
         Costs a forward and a backward pass, the projection of every layer and the logits of the scored tokens.
 
@@ -177,7 +182,8 @@ class GradientIndex:
         passes = _ProjectionPass(model, names, projection, dim, seed, reduction, dtype)
         if not passes.projections.weights:
             raise ValueError(f"[index] {type(passes.decoder.lm).__name__} has no selected linear layer")
-        budget = resolve_token_budget(token_budget, passes.decoder.device)
+        budget = as_budget(token_budget, passes.decoder.device)
+        budget.found |= read_budget(Path(folder))  # of a run that was broken off: the same batches, the same bits
         manifest = {
             "version": _VERSION,
             "model": hash_model(model),
@@ -195,9 +201,14 @@ class GradientIndex:
 
         def compute(rows: range) -> np.ndarray:
             out = np.empty((len(rows), passes.count), dtype=np.float32)
-            with passes.running():
-                for positions, result in run_batches(passes, [examples[i] for i in rows], budget):
+
+            def attempt(room: Room) -> None:
+                for positions, result in run_batches(passes, [examples[i] for i in rows], room):
                     out[positions] = result.derivatives.T.cpu().numpy()
+
+            with passes.running():
+                budget.fit(passes.kind, attempt)
+            write_budget(Path(folder), budget.found)
             return out
 
         GradientShards.fill(folder, manifest, compute, on_progress)

@@ -6,8 +6,8 @@ window. At the end the parts become ``<out>/scores.parquet`` and the folder goes
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from u2a_fast.data.packing import longest_examples
+from u2a_fast.store.budget import read_budget, write_budget
 from u2a_fast.store.files import write_atomically, write_text
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
 
 _REQUIRED = pa.schema([("id", pa.string()), ("score", pa.float64()), ("nll", pa.float64()), ("tokens", pa.int64())])
 SCHEMA = _REQUIRED.append(pa.field("exact", pa.bool_()))
+UNFIT_SCHEMA = SCHEMA.append(pa.field("fits", pa.bool_()))  # of files with a negative that does not fit in memory
 NONFINITE_SHOWN = 20
 CALIBRATION = 256  # at least as many as a scorer fits its curvature to
 
@@ -40,7 +43,11 @@ Progress = Callable[[int, int | None], None]
 
 
 class Scorer(Protocol):
-    """What is asked of a scorer: arrays id, score, nll, tokens, exact and a report for token examples."""
+    """What is asked of a scorer: arrays id, score, nll, tokens, exact and a report for token examples.
+
+    One with a ``budget`` (``TokenBudget``) and a method ``preflight`` is asked to find its budget before the first
+    window, on the longest negatives of all where these are known.
+    """
 
     def score(self, negatives: Any) -> Any: ...
 
@@ -52,9 +59,11 @@ class ScoreSummary:
     path: Path
     rows: int
     nonfinite: int
-    nonfinite_ids: tuple[str, ...]  # the first ones
+    nonfinite_ids: tuple[str, ...]  # the first ones that have a score
     resumed_rows: int
     report: Any = None  # of the last scores that were made
+    unfit: int = 0  # of the nonfinite, those that do not fit in memory even alone
+    token_budget: Mapping[str, int] = field(default_factory=dict)  # most tokens a batch by kind of loop, as found
 
 
 def check_target(out_dir: Path | str, fingerprint: Mapping[str, Any], *, window: int = 2048) -> None:
@@ -116,6 +125,8 @@ def score_to_parquet(
         _clear(out)
     check_target(out, fingerprint or {}, window=window)
     parts = claim_parts(out, fingerprint or {}, window)
+    budget: dict[str, int] = getattr(getattr(scorer, "budget", None), "found", {})
+    budget.update(read_budget(parts))
     report = on_progress or _no_progress
     done = finished = _finished_rows(parts)
     report(done, total)
@@ -128,29 +139,32 @@ def score_to_parquet(
                 # A scorer may fit its curvature to the first negatives that it sees: let it see them again.
                 made = scorer.score(rows[:CALIBRATION])
             continue
+        if index == 0 and total is not None and total > window and hasattr(scorer, "preflight"):
+            scorer.preflight(_longest(negatives), rows)
         made = scorer.score(rows)
+        write_budget(parts, budget)
         _write_part(part, made, rows)
         done += len(rows)
         report(done, total)
-    return replace(_merge(out, finished), report=getattr(made, "report", None))
+    return replace(_merge(out, finished), report=getattr(made, "report", None), token_budget=dict(budget))
 
 
 def write_scores(path: Path, scores: Any, *, resumed_rows: int = 0) -> ScoreSummary:
     """Write ``Scores`` that were made at once into the Parquet file ``path``, whole, in the columns of ``SCHEMA``."""
     table = _table(scores, [str(i) for i in scores.id])
     write_atomically(path, lambda temporary: pq.write_table(table, temporary))
-    bad = _nonfinite(table)
-    shown = tuple(str(scores.id[int(i)]) for i in bad[:NONFINITE_SHOWN])
-    return ScoreSummary(path, len(scores), len(bad), shown, resumed_rows, scores.report)
+    bad, shown = _nonfinite(table), tuple(_scored_nonfinite_ids(table)[:NONFINITE_SHOWN])
+    budget = getattr(scores.report, "token_budget", {})
+    return ScoreSummary(path, len(scores), len(bad), shown, resumed_rows, scores.report, _unfit(table), budget)
 
 
 def read_scores(path: Path | str) -> dict[str, np.ndarray]:
     """The columns of a scores file as arrays. ``path`` is the file or the folder that holds ``scores.parquet``.
 
-    Without a column ``exact``, all scores are.
+    Without a column ``exact``, all scores are; without ``fits``, all negatives fit in memory.
     """
-    columns = read_table(path, "scores.parquet", _REQUIRED, optional=SCHEMA)
-    return {"exact": np.ones(len(columns["id"]), dtype=bool)} | columns
+    columns = read_table(path, "scores.parquet", _REQUIRED, optional=UNFIT_SCHEMA)
+    return {name: np.ones(len(columns["id"]), dtype=bool) for name in ("exact", "fits")} | columns
 
 
 def read_table(
@@ -245,7 +259,31 @@ def _table(scores: Any, ids: list[str]) -> pa.Table:
         pa.array(np.asarray(scores.tokens, dtype=np.int64)),
         pa.array(np.asarray(scores.exact, dtype=bool)),
     ]
-    return pa.table(columns, schema=SCHEMA)
+    fits = np.asarray(getattr(scores, "fits", True), dtype=bool)
+    if fits.all():
+        return pa.table(columns, schema=SCHEMA)
+    return pa.table([*columns, pa.array(fits)], schema=UNFIT_SCHEMA)
+
+
+def _fits(table: pa.Table) -> np.ndarray:
+    rows = np.ones(table.num_rows, dtype=bool)
+    return table.column("fits").to_numpy() if "fits" in table.column_names else rows
+
+
+def _unfit(table: pa.Table) -> int:
+    return int((~_fits(table)).sum())
+
+
+def _scored_nonfinite_ids(table: pa.Table) -> list[str]:
+    """Ids of the rows that fit in memory and still have a NaN or infinite score or NLL."""
+    fits, ids = _fits(table), table.column("id")
+    return [ids[int(i)].as_py() for i in _nonfinite(table) if fits[i]]
+
+
+def _longest(negatives: Any) -> list[Mapping[str, Any]]:
+    """The longest negatives: those that the source knows, or all where they are in memory."""
+    known = getattr(negatives, "longest", None)
+    return longest_examples(negatives) if known is None and isinstance(negatives, Sequence) else list(known or ())
 
 
 def _nonfinite(table: pa.Table) -> np.ndarray:
@@ -259,19 +297,22 @@ def _merge(out: Path, resumed_rows: int) -> ScoreSummary:
     if not parts:
         shutil.rmtree(out / "parts")
         raise ValueError("[score] expected at least one negative, got none")
-    rows, nonfinite = 0, 0
+    rows, nonfinite, unfit = 0, 0, 0
     ids: list[str] = []
+    all_fit = all("fits" not in pq.read_schema(part).names for part in parts)
 
     def write(temporary: Path) -> None:
-        nonlocal rows, nonfinite
-        with pq.ParquetWriter(temporary, SCHEMA) as writer:
+        nonlocal rows, nonfinite, unfit
+        with pq.ParquetWriter(temporary, SCHEMA if all_fit else UNFIT_SCHEMA) as writer:
             for part in parts:
-                table = pq.read_table(part, schema=SCHEMA)
+                table = pq.read_table(part)
+                if not all_fit and "fits" not in table.column_names:
+                    table = table.append_column("fits", pa.array(_fits(table)))
                 writer.write_table(table)
                 bad = _nonfinite(table)
-                rows, nonfinite = rows + table.num_rows, nonfinite + len(bad)
-                ids.extend(table.column("id")[int(i)].as_py() for i in bad[: NONFINITE_SHOWN - len(ids)])
+                rows, nonfinite, unfit = rows + table.num_rows, nonfinite + len(bad), unfit + _unfit(table)
+                ids.extend(_scored_nonfinite_ids(table)[: NONFINITE_SHOWN - len(ids)])
 
     write_atomically(out / "scores.parquet", write)
     shutil.rmtree(out / "parts")
-    return ScoreSummary(out / "scores.parquet", rows, nonfinite, tuple(ids), resumed_rows)
+    return ScoreSummary(out / "scores.parquet", rows, nonfinite, tuple(ids), resumed_rows, unfit=unfit)
