@@ -54,9 +54,7 @@ def select(context: typer.Context) -> None:
     elif not scores.exact.all():
         note(f"warning: {int((~scores.exact).sum())} of {len(scores)} scores are approximations")
     if chosen.dropped_unfit:
-        note(
-            f"warning: {chosen.dropped_unfit} negatives left out: they did not fit in memory when they were to be scored"
-        )
+        note(f"warning: {chosen.dropped_unfit} negatives left out: they do not fit in memory and have no score")
     if chosen.dropped_nonfinite:
         note(f"warning: {chosen.dropped_nonfinite} negatives dropped, their scores are NaN or infinite")
     show_result(result, as_json=p["json_output"])

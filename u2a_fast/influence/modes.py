@@ -194,7 +194,8 @@ def score(run: Run, mode: str, *, rank: int, fraction: float | None) -> Scores:
     if run.float32 is None:
         return found
     assert found.report is not None
-    return replace(found, report=replace(found.report, **_against_float32(run, found.score, found.fits)))
+    against = _against_float32(run, found.score, found.fits)
+    return replace(found, report=replace(found.report, token_budget=dict(run.budget.found), **against))
 
 
 def probe(run: Run, mode: str, rank: int) -> None:
