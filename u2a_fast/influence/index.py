@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from u2a_fast._check import check_sketch
-from u2a_fast.data.packing import Example
+from u2a_fast.data.packing import Example, longest_examples
 from u2a_fast.influence.derivatives import DerivativeBatch, DerivativePass, Direction, as_budget, kind_of
 from u2a_fast.influence.lowrank import linear_weights
-from u2a_fast.influence.routes import directional_derivatives, run_batches
+from u2a_fast.influence.routes import directional_derivatives, preflight, run_batches
 from u2a_fast.models.capture import Capture
 from u2a_fast.models.decoder import Decoder, reduce_tokens
 from u2a_fast.models.memory import Room, TokenBudget
@@ -207,6 +207,8 @@ class GradientIndex:
                     out[positions] = result.derivatives.T.cpu().numpy()
 
             with passes.running():
+                if passes.kind not in budget.found and len(examples) > shard_rows:
+                    preflight(passes, longest_examples(examples), budget)
                 budget.fit(passes.kind, attempt)
             write_budget(Path(folder), budget.found)
             return out

@@ -19,7 +19,7 @@ from u2a_fast.influence.layers import choose_layers, keep_layers
 from u2a_fast.influence.lowrank import truncate
 from u2a_fast.influence.profiles import profile_ranks
 from u2a_fast.influence.ranks import Profile, RankPlan, plan_ranks
-from u2a_fast.influence.routes import Choice, Pass, run_batches, run_parts
+from u2a_fast.influence.routes import Choice, Pass, preflight, run_batches, run_parts
 from u2a_fast.influence.scores import Scores, ScoringReport
 from u2a_fast.influence.topk import (
     best,
@@ -202,13 +202,8 @@ def probe(run: Run, mode: str, rank: int) -> None:
     """Halve the budget until the largest batch of ``run`` that is no lone example too large fits."""
     approximate = {"lowrank": partial(_low_rank_pass, run, rank), "layers": partial(run.make, None)}
     passes: Pass = approximate[mode]() if mode in approximate else run.exact()[0]
-
-    def attempt(room: Room) -> None:
-        next((True for _, out in run_batches(passes, run.items, room) if out.fits), None)
-        room.unfit.clear()  # the passes proper name them
-
     with passes.running():
-        run.budget.fit(passes.kind, attempt)
+        preflight(passes, run.items, run.budget)
 
 
 def _exact(run: Run) -> Scores:

@@ -21,7 +21,7 @@ from u2a_fast.influence.lowrank import check_rank, truncate
 from u2a_fast.models.decoder import Decoder
 from u2a_fast.models.memory import Room, TokenBudget
 
-__all__ = ["MODES", "Choice", "Pass", "directional_derivatives", "make_pass", "run_batches", "run_parts"]
+__all__ = ["MODES", "Choice", "Pass", "directional_derivatives", "make_pass", "preflight", "run_batches", "run_parts"]
 
 MODES = ("auto", "forward", "reverse", "lowrank")
 
@@ -103,6 +103,16 @@ def run_batches(
     room = Room(room) if isinstance(room, int) else room
     for positions, result in room.each(passes.batches(examples, room.tokens), lambda _, batch: passes(batch)):
         yield positions, _unfit(passes, examples[positions[0]]) if result is None else result
+
+
+def preflight(passes: BatchPass, longest: Sequence[Example], budget: TokenBudget) -> None:
+    """Inside ``passes.running()``: halve the budget until the largest batch fits, lone examples that never do apart."""
+
+    def attempt(room: Room) -> None:
+        next((True for _, out in run_batches(passes, longest, room) if out.fits), None)
+        room.unfit.clear()  # the run proper names them
+
+    budget.fit(passes.kind, attempt)
 
 
 def _unfit(passes: BatchPass, example: Example) -> DerivativeBatch:
