@@ -16,8 +16,15 @@ __all__ = ["OutOfRoom", "Room", "TokenBudget", "is_out_of_memory"]
 T = TypeVar("T")
 Example = Mapping[str, Any]
 
-# PyTorch has an error class for GPUs only; the others speak through the text of a RuntimeError
-_TEXTS = ("DefaultCPUAllocator", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+# PyTorch has an error class for GPUs only; the others speak through the text of a RuntimeError. The stable ABI, by which
+# our C++ ops allocate, keeps of an error no more than which call failed.
+_TEXTS = (
+    "DefaultCPUAllocator",
+    "std::bad_alloc",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    'torch_call_dispatcher( "aten::new_empty"',
+    'torch_call_dispatcher( "aten::contiguous"',
+)
 _NAMED = 5  # examples that a warning names
 
 
