@@ -16,8 +16,8 @@ __all__ = ["OutOfRoom", "Room", "TokenBudget", "is_out_of_memory"]
 T = TypeVar("T")
 Example = Mapping[str, Any]
 
-# PyTorch has an error class for GPUs only; the others speak through the text of a RuntimeError. The stable ABI, by which
-# our C++ ops allocate, keeps of an error no more than which call failed.
+# PyTorch has an error class for GPUs only; the others speak through the text of a RuntimeError. The stable ABI, by
+# which our C++ ops allocate, keeps of an error no more than which call failed.
 _TEXTS = (
     "DefaultCPUAllocator",
     "std::bad_alloc",
