@@ -14,6 +14,7 @@ from u2a_fast.data.sharing import pack_shared, shared_batches
 from u2a_fast.influence.derivatives import DerivativeBatch
 from u2a_fast.influence.forward import ForwardPass
 from u2a_fast.influence.routes import make_pass, run_batches
+from u2a_fast.models.memory import TokenBudget
 
 Rows = list[dict[str, list[int]]]
 
@@ -134,7 +135,7 @@ class _Small:
 
     def __init__(self, inner: ForwardPass, room: int, error: type[RuntimeError], text: str) -> None:
         self.inner, self.room, self.error, self.text = inner, room, error, text
-        self.decoder, self.count, self.double = inner.decoder, inner.count, inner.double
+        self.decoder, self.count, self.double, self.kind = inner.decoder, inner.count, inner.double, inner.kind
         self.batches, self.running = inner.batches, inner.running
 
     def __call__(self, examples: Sequence[Any]) -> DerivativeBatch:
@@ -150,21 +151,31 @@ class _Small:
 def test_a_batch_that_does_not_fit_halves_the_budget(error: type[RuntimeError], text: str) -> None:
     model, batch = tiny.build("llama"), tiny.examples(20)
     v = tiny.direction(model)
-    passes = ForwardPass(model, [v])
-    got = torch.full((20,), torch.nan, dtype=torch.float64)
+    passes, budget = ForwardPass(model, [v]), TokenBudget(200)
+    small = _Small(passes, 60, error, text)
     with passes.running(), pytest.warns(UserWarning, match="do not fit in memory: going on with 50 tokens a batch"):
-        for positions, result in run_batches(_Small(passes, 60, error, text), batch, 200):
-            assert got[positions].isnan().all()
-            got[positions] = result.derivatives[0]
+        found = budget.fit(small.kind, lambda room: list(run_batches(small, batch, room)))
+    got = torch.full((20,), torch.nan, dtype=torch.float64)
+    for positions, result in found:
+        assert got[positions].isnan().all()
+        got[positions] = result.derivatives[0]
+    assert budget.found == {"forward pass": 50}
     want = u2a_fast.directional_derivatives(model, batch, v, mode="forward")
     assert (got - want).abs().max() <= 1e-12 * want.abs().max()
+    same = u2a_fast.directional_derivatives(model, batch, v, mode="forward", token_budget=50)
+    assert torch.equal(got, same)
 
 
-def test_an_example_that_does_not_fit_alone_ends_in_its_error() -> None:
-    model = tiny.build("llama")
+def test_examples_that_do_not_fit_alone_get_nan_and_are_named() -> None:
+    model, batch = tiny.build("llama"), tiny.examples(4)
     passes = ForwardPass(model, [tiny.direction(model)])
-    with passes.running(), pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="do not fit"):
-        list(run_batches(_Small(passes, 2, torch.OutOfMemoryError, "CUDA out of memory"), tiny.examples(4), 40))
+    small = _Small(passes, 2, torch.OutOfMemoryError, "CUDA out of memory")
+    with passes.running(), pytest.warns(UserWarning, match=r"4 examples do not fit in memory even alone \(example \d"):
+        found = TokenBudget(40).fit(small.kind, lambda room: list(run_batches(small, batch, room)))
+    for (position,), result in found:
+        assert not result.fits and result.derivatives.isnan().all() and result.nll.isnan().all()
+        scored = sum(label != -100 for label in batch[position]["labels"][1:])
+        assert result.tokens.tolist() == [scored] and result.by_token.shape == (1, scored)
 
 
 class _Rounded(torch.autograd.Function):

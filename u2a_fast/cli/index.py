@@ -28,7 +28,7 @@ from u2a_fast.influence.derivatives import resolve_token_budget
 from u2a_fast.influence.index import GradientIndex, check_options, indexed_weights
 from u2a_fast.manifest import RunRecord, read_record
 from u2a_fast.models.loading import load_model, resolve_device
-from u2a_fast.store import GradientShards, sha256_of_files, write_text
+from u2a_fast.store import GradientShards, read_budget, sha256_of_files, write_text
 
 __all__ = ["index"]
 
@@ -148,6 +148,7 @@ def _result(out: Path, shards: GradientShards, resumed: int) -> dict[str, Any]:
         "megabytes": m["rows"] * m["width"] * 4 / 1e6,
         "weights": len(m["weights"]),
         "nonfinite": shards.nonfinite_rows(),
+        "token_budget": read_budget(shards.folder),
         "resumed_rows": resumed,
     }
 

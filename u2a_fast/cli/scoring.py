@@ -124,9 +124,11 @@ class ScoringRun:
             "scores": str(summary.path),
             "rows": summary.rows,
             "nonfinite": summary.nonfinite,
+            **({"unfit": summary.unfit} if summary.unfit else {}),
             "skipped": sum(report.bad_count for report in reports),
             "truncated": sum(report.truncated for report in reports),
             "resumed_rows": summary.resumed_rows,
+            "token_budget": dict(summary.token_budget),
             **({"scoring": _of_the_run(summary.report)} if summary.report else {}),
         }
 
@@ -139,7 +141,7 @@ def _fingerprint(used: Mapping[str, Any], files: Iterable[Path]) -> dict[str, An
 def _of_the_run(report: ScoringReport) -> dict[str, Any]:
     """What holds of the whole run in a few lines: of windows, the report of the last one is all there is."""
     windows = report.mode not in AT_ONCE
-    left_out = {"energy_by_parameter", *(("rows", "rescored") if windows else ())}
+    left_out = {"energy_by_parameter", "token_budget", "unfit", *(("rows", "rescored") if windows else ())}
     return {name: value for name, value in report.to_dict().items() if name not in left_out}
 
 
@@ -147,7 +149,10 @@ def _warn_of_rows(summary: ScoreSummary, wanted: int | None) -> None:
     """Say on stderr which scores are not finite, and where fewer than ``wanted`` negatives are there."""
     if wanted is not None and wanted > summary.rows:
         note(f"warning: --top-k {wanted} of {summary.rows} negatives: all of them, sorted")
-    if summary.nonfinite:
+    if summary.unfit:
+        note(f"warning: {summary.unfit} negatives do not fit in memory even alone and have no score (NaN): select "
+             "leaves them out; a lower --max-length or --dtype bfloat16 may let them fit")  # fmt: skip
+    if summary.nonfinite > summary.unfit:
         shown = ", ".join(summary.nonfinite_ids)
         more = ", ..." if summary.nonfinite > len(summary.nonfinite_ids) else ""
-        note(f"warning: {summary.nonfinite} scores are NaN or infinite and stay so: {shown}{more}")
+        note(f"warning: {summary.nonfinite - summary.unfit} scores are NaN or infinite and stay so: {shown}{more}")

@@ -52,6 +52,8 @@ def select(context: typer.Context) -> None:
              "others' are exact (--approximate keep ranks them together)")  # fmt: skip
     elif not scores.exact.all():
         note(f"warning: {int((~scores.exact).sum())} of {len(scores)} scores are approximations")
+    if chosen.dropped_unfit:
+        note(f"warning: {chosen.dropped_unfit} negatives left out: they do not fit in memory and have no score")
     if chosen.dropped_nonfinite:
         note(f"warning: {chosen.dropped_nonfinite} negatives dropped, their scores are NaN or infinite")
     show_result(result, as_json=p["json_output"])
@@ -67,4 +69,5 @@ def _result(chosen: Selection, scored: int, out: Path) -> dict[str, Any]:
         "largest_weight": float(chosen.weight.max()),
         "dropped_nonfinite": chosen.dropped_nonfinite,
         "dropped_approximate": chosen.dropped_approximate,
+        "dropped_unfit": chosen.dropped_unfit,
     }

@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError
 
 from u2a_fast.data import Negatives, Rows
-from u2a_fast.influence.derivatives import is_out_of_memory
 from u2a_fast.manifest import read_options, recorded_command
+from u2a_fast.models.memory import is_out_of_memory
 from u2a_fast.store import lock_folder, write_text
 
 __all__ = [

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from u2a_fast.data.packing import Example
 from u2a_fast.models.decoder import sequence_logprobs
+from u2a_fast.models.memory import Room, TokenBudget
 from u2a_fast.models.parameters import evaluation_mode
 
 __all__ = ["Curvature", "DiagonalFisher", "Identity", "check_damping"]
@@ -45,7 +46,8 @@ class DiagonalFisher:
 
     Args:
         model: a transformers causal LM or a PEFT model around one.
-        examples: token examples that the average runs over, one backward pass each (3 units: a few hundred serve).
+        examples: token examples that the average runs over, one backward pass each (3 units: a few hundred serve);
+            one that does not fit in memory is left out, with a warning.
         names: names of ``model.named_parameters()``.
         damping: mu over the mean of F, dimensionless.
         reduction: NLL_i is the ``"mean"`` or the ``"sum"`` over example i's scored tokens.
@@ -65,13 +67,25 @@ class DiagonalFisher:
             raise ValueError("[DiagonalFisher] expected at least one example, got none")
         parameters = dict(model.named_parameters())
         chosen = [parameters[name] for name in names]
-        squares = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in chosen]
-        with evaluation_mode(model, chosen):
-            for example in examples:
-                nll = -sequence_logprobs(model, [example], reduction=reduction)[0]
-                for square, grad in zip(squares, torch.autograd.grad(nll, chosen, allow_unused=True), strict=True):
+
+        def gradients(_: list[int], alone: Sequence[Example]) -> Sequence[Tensor | None]:
+            nll = -sequence_logprobs(model, alone, reduction=reduction)[0]
+            return torch.autograd.grad(nll, chosen, allow_unused=True)
+
+        def attempt(room: Room) -> list[Tensor]:
+            squares = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in chosen]
+            for _, grads in room.each([([i], [example]) for i, example in enumerate(examples)], gradients):
+                for square, grad in zip(squares, grads or [None] * len(squares), strict=True):
                     if grad is not None:
                         square.addcmul_(grad.to(square.dtype), grad.to(square.dtype), value=1 / len(examples))
+            if len(room.unfit) == len(examples):
+                raise torch.OutOfMemoryError("[DiagonalFisher] none of the examples fits in memory, each alone")
+            if room.unfit:
+                torch._foreach_mul_(squares, len(examples) / (len(examples) - len(room.unfit)))
+            return squares
+
+        with evaluation_mode(model, chosen):
+            squares = TokenBudget(1).fit("curvature", attempt, unfit="are left out of it")
         mean = sum(s.sum(dtype=torch.float64).item() for s in squares) / sum(s.numel() for s in squares)
         if not mean > 0:
             raise ValueError(

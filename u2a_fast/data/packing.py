@@ -1,12 +1,14 @@
 """Packing: examples of different lengths lie one after the other, so that cost follows real tokens, not padding."""
 
-from collections.abc import Mapping, Sequence
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+LONGEST_TOKENS = 16384  # of the longest examples that are kept in sight: the largest default batch
 IGNORE_INDEX = -100  # the label that transformers' losses skip
 
 Example = Mapping[str, Any]
@@ -131,3 +133,16 @@ def batched(examples: Sequence[Example], token_budget: int) -> list[tuple[list[i
         check_keys(i, example)
     plan = plan_batches([len(example["input_ids"]) for example in examples], token_budget)
     return [(batch, [examples[i] for i in batch]) for batch in plan]
+
+
+def longest_examples(examples: Iterable[Example], tokens: int = LONGEST_TOKENS) -> list[Example]:
+    """The longest examples, as many as ``tokens`` tokens take, in a single pass that holds no others."""
+    kept: list[tuple[int, int, Example]] = []
+    total = 0
+    for i, example in enumerate(examples):
+        length = len(example.get("input_ids", ()))
+        heapq.heappush(kept, (length, -i, example))
+        total += length
+        while total - kept[0][0] >= tokens:
+            total -= heapq.heappop(kept)[0]
+    return [example for *_, example in sorted(kept, key=lambda entry: entry[:2], reverse=True)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from u2a_fast.data.columns import KINDS, Kind, Layout, choose_layout
+from u2a_fast.data.packing import longest_examples
 from u2a_fast.data.parsing import ParsedRow, RowProblem, parse_row, plain_text
 from u2a_fast.data.rows import BadRow, BadRowsError, Policy, ReadReport
 from u2a_fast.data.sources import RawRow, Source, open_source
@@ -135,15 +136,17 @@ class Negatives:
 
     Rows are dicts of id, prompt (str, or list of messages), response (str), input_ids and labels. ``len`` is the number
     of usable rows and raises TypeError for a streaming source, whose ``report`` is that of the latest pass.
+    ``longest`` are the longest rows, a batch of them, where the source was checked beforehand, else None: what does not
+    fit in memory should be found out by them.
     """
 
     def __init__(self, reader: _Reader) -> None:
         self._reader = reader
         self.report = reader.new_report()
         self.files = reader.source.files
+        self.longest: list[Row] | None = None
         if not reader.streaming:
-            for _ in reader.rows(self.report):
-                pass
+            self.longest = [dict(row) for row in longest_examples(reader.rows(self.report))]
             reader.check(self.report)
 
     def __iter__(self) -> Iterator[Row]:

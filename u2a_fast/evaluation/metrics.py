@@ -13,7 +13,9 @@ import numpy as np
 from torch import nn
 
 from u2a_fast.data.packing import Example
+from u2a_fast.influence.derivatives import as_budget
 from u2a_fast.influence.objectives import DPO, SFT
+from u2a_fast.models.memory import TokenBudget
 from u2a_fast.statistics import bootstrap_interval
 
 __all__ = ["evaluate", "mean_nll"]
@@ -32,7 +34,7 @@ def evaluate(
     positives: Iterable[Row] | None = None,
     reference: nn.Module | None = None,
     beta: float = 0.1,
-    token_budget: int | None = None,
+    token_budget: int | TokenBudget | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Measure a model on whatever sets are given.
@@ -61,6 +63,7 @@ def evaluate(
     """
     if preferences is None and negatives is None and positives is None:
         raise ValueError("[evaluate] expected preferences, negatives or positives, got none of them")
+    token_budget = as_budget(token_budget, next(model.parameters()).device)
     out: dict[str, Any] = {}
     if preferences is not None:
         out["preference"] = _preference(model, reference, preferences, beta, token_budget, seed)
@@ -70,10 +73,12 @@ def evaluate(
     return out
 
 
-def mean_nll(model: nn.Module, examples: Sequence[Example], *, token_budget: int | None = None) -> np.ndarray:
-    """NLL of every token example in nats a scored token, (n) float64."""
+def mean_nll(
+    model: nn.Module, examples: Sequence[Example], *, token_budget: int | TokenBudget | None = None
+) -> np.ndarray:
+    """NLL of every token example in nats a scored token, (n) float64; NaN where one does not fit in memory."""
     rows = SFT([{"example": example} for example in examples], reduction="mean")
-    return -rows.logprobs(model, token_budget=token_budget)[:, 0].double().cpu().numpy()
+    return -rows.logprobs_that_fit(model, token_budget=token_budget)[:, 0].double().cpu().numpy()
 
 
 def _with_interval(name: str, values: np.ndarray, seed: int) -> dict[str, Any]:
@@ -91,7 +96,7 @@ def _preference(
     reference: nn.Module | None,
     pairs: Sequence[Row],
     beta: float,
-    token_budget: int | None,
+    token_budget: int | TokenBudget | None,
     seed: int,
 ) -> dict[str, Any]:
     objective = DPO(pairs, beta=beta)
@@ -115,7 +120,12 @@ def _windows(rows: Iterable[Row]) -> Iterator[list[Example]]:
 
 
 def _likelihood(
-    model: nn.Module, reference: nn.Module | None, rows: Iterable[Row], token_budget: int | None, seed: int, name: str
+    model: nn.Module,
+    reference: nn.Module | None,
+    rows: Iterable[Row],
+    token_budget: int | TokenBudget | None,
+    seed: int,
+    name: str,
 ) -> dict[str, Any]:
     now: list[np.ndarray] = []
     before: list[np.ndarray] = []

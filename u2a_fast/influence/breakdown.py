@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from u2a_fast.data.packing import Example
-from u2a_fast.influence.derivatives import DerivativePass, Direction, resolve_token_budget
+from u2a_fast.influence.derivatives import DerivativePass, Direction, as_budget
 from u2a_fast.influence.forward import ForwardPass
 from u2a_fast.influence.routes import run_batches, run_parts
+from u2a_fast.models.memory import Room
 
 __all__ = ["module_derivatives", "token_derivatives"]
 
@@ -42,14 +43,19 @@ def token_derivatives(
         NotImplementedError: the model does not run in forward mode, or the way it mixes tokens is not understood.
     """
     passes = ForwardPass(model, [direction], reduction="sum", dtype=dtype)
-    budget = resolve_token_budget(token_budget, passes.decoder.device, batch_invariant=batch_invariant)
+    budget = as_budget(token_budget, passes.decoder.device, batch_invariant=batch_invariant)
     out_dtype = torch.float64 if passes.double else torch.float32
-    out: dict[int, Tensor] = {}
-    with passes.running():
-        for positions, result in run_batches(passes, examples, budget):
+
+    def attempt(room: Room) -> dict[int, Tensor]:
+        out: dict[int, Tensor] = {}
+        for positions, result in run_batches(passes, examples, room):
             assert result.by_token is not None
             rows = result.by_token[0].to(out_dtype).split(result.tokens.tolist())
             out |= {i: row.clone() for i, row in zip(positions, rows, strict=True)}
+        return out
+
+    with passes.running():
+        out = budget.fit(passes.kind, attempt)
     return [out[i] for i in range(len(examples))]
 
 
@@ -85,7 +91,8 @@ def module_derivatives(
         raise RuntimeError("[module_derivatives] expected to be called outside of torch.inference_mode()")
     passes = DerivativePass(model, [direction], reduction=reduction, dtype=dtype)
     decoder = passes.decoder
-    budget = resolve_token_budget(token_budget, decoder.device, batch_invariant=batch_invariant)
-    found = run_parts(passes, examples, budget)
+    budget = as_budget(token_budget, decoder.device, batch_invariant=batch_invariant)
+    found, unfit = run_parts(passes, examples, budget)
     silent = torch.zeros(len(examples), dtype=torch.float64, device=decoder.device)
+    silent[unfit] = torch.nan
     return {path: found[path] if path in found else silent.clone() for path in passes.module_paths}

@@ -20,6 +20,7 @@ from u2a_fast.models.decoder import Decoder, Head, check_packing, check_reductio
 from u2a_fast.models.gated import short_gated_units
 from u2a_fast.models.lora import short_lora
 from u2a_fast.models.low_rank import LowRankHead
+from u2a_fast.models.memory import TokenBudget
 from u2a_fast.models.norms import short_rms_norms
 from u2a_fast.models.parameters import evaluation_mode, floating_parameters, parameter_names
 from u2a_fast.models.rotary import short_rotaries
@@ -45,9 +46,16 @@ def resolve_token_budget(given: int | None, device: torch.device, *, batch_invar
     return 16384 if device.type == "cuda" else 2048
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed, on a GPU or (where PyTorch has no error class of its own) on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+def as_budget(given: int | TokenBudget | None, device: torch.device, *, batch_invariant: bool = False) -> TokenBudget:
+    """The budget that calls share, where one was given; else a new one of ``resolve_token_budget``."""
+    if isinstance(given, TokenBudget):
+        return given
+    return TokenBudget(resolve_token_budget(given, device, batch_invariant=batch_invariant))
+
+
+def kind_of(route: str, dtype: torch.dtype | None) -> str:
+    """The name of a route's passes in a ``TokenBudget``: passes of another precision have a budget of their own."""
+    return f"{route} pass" if dtype is None else f"{route} pass in {str(dtype).removeprefix('torch.')}"
 
 
 def check_whole(model: nn.Module) -> None:
@@ -113,6 +121,7 @@ class DerivativeBatch:
             reverse route).
         bound: (K, B), how far the exact derivatives may be from these at most; None where nothing was bounded.
         by_token: (K, M), the derivatives of every scored token's own NLL, example after example (of the forward route).
+        fits: False where a lone example did not fit in memory: then every number is NaN, ``tokens`` apart.
     """
 
     derivatives: Tensor
@@ -121,6 +130,7 @@ class DerivativeBatch:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     bound: Tensor | None = None
     by_token: Tensor | None = None
+    fits: bool = True
 
 
 class DerivativePass:
@@ -150,6 +160,7 @@ class DerivativePass:
     ) -> None:
         check_reduction(reduction)
         self.model, self.reduction, self.dtype = model, reduction, dtype
+        self.kind = kind_of("reverse", dtype)
         self.decoder = Decoder(model)
         stacked = stack_directions(model, directions, dtype, wide=approximate is not None)
         self.count = len(directions)

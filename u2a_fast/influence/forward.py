@@ -17,12 +17,13 @@ from u2a_fast.influence.derivatives import (
     DerivativeBatch,
     Direction,
     cast_parameters,
-    is_out_of_memory,
+    kind_of,
     stack_directions,
 )
 from u2a_fast.models.decoder import Decoder, check_packing, check_reduction, probe_examples, reduce_tokens
 from u2a_fast.models.fused import fused_op, fused_tangents
 from u2a_fast.models.lora import short_lora
+from u2a_fast.models.memory import is_out_of_memory
 from u2a_fast.models.parameters import evaluation_mode, parameter_names
 from u2a_fast.models.tangents import DualParameters, split_dual
 
@@ -55,6 +56,7 @@ class ForwardPass:
     ) -> None:
         check_reduction(reduction)
         self.model, self.reduction, self.dtype, self.share_prompts = model, reduction, dtype, share_prompts
+        self.kind = kind_of("forward", dtype)
         self.decoder = Decoder(model)
         self.count = len(directions)
         self.double = all(p.dtype == torch.float64 for p in model.parameters() if p.is_floating_point())

@@ -16,13 +16,15 @@ import torch
 from torch import nn
 
 from u2a_fast._check import check_sketch
-from u2a_fast.data.packing import Example
-from u2a_fast.influence.derivatives import DerivativePass, Direction, resolve_token_budget
+from u2a_fast.data.packing import Example, longest_examples
+from u2a_fast.influence.derivatives import DerivativePass, Direction, as_budget
 from u2a_fast.influence.lowrank import linear_weights
 from u2a_fast.influence.projections import BASES, PROJECTIONS, Projections, Projector
 from u2a_fast.influence.routes import directional_derivatives
 from u2a_fast.models.decoder import Decoder
+from u2a_fast.models.memory import TokenBudget
 from u2a_fast.models.parameters import selected_parameters
+from u2a_fast.store.budget import read_budget, write_budget
 from u2a_fast.store.fingerprint import hash_examples, hash_model
 from u2a_fast.store.gradients import GradientShards
 
@@ -76,12 +78,14 @@ class GradientIndex:
         pca_sample: int = 256,
         parameters: str | Sequence[str] = "trainable",
         reduction: str = "mean",
-        token_budget: int | None = None,
+        token_budget: int | TokenBudget | None = None,
         dtype: torch.dtype | None = None,
         shard_rows: int = 1024,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> "GradientIndex":
         """Project the gradients of all examples into ``folder``; a run that was broken off goes on at its last shard.
+
+        An example that does not fit in memory even alone gets a row of NaN, with a warning.
 
         Costs a forward and a backward pass, the projection of every layer and the logits of the scored tokens.
 
@@ -118,7 +122,9 @@ class GradientIndex:
         projections = Projections(passes.decoder, names, projection, dim, seed)
         if projection == "pca" and not examples:
             raise ValueError("[index] expected examples to measure the projections of pca on, got none")
-        projector = Projector(passes, projections, resolve_token_budget(token_budget, passes.decoder.device))
+        budget = as_budget(token_budget, passes.decoder.device)
+        budget.found |= read_budget(Path(folder))  # of a run that was broken off: the same batches, the same bits
+        projector = Projector(passes, projections, budget, dtype)
         manifest = {
             "version": _VERSION,
             "model": hash_model(model),
@@ -140,7 +146,11 @@ class GradientIndex:
 
         def compute(rows: range) -> np.ndarray:
             settle()
-            return projector.rows([examples[i] for i in rows])
+            if len(examples) > shard_rows:
+                projector.preflight(longest_examples(examples))
+            found = projector.rows([examples[i] for i in rows])
+            write_budget(Path(folder), budget.found)
+            return found
 
         GradientShards.fill(folder, manifest, compute, on_progress)
         return cls(model, folder)

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from u2a_fast.data.packing import Example, batched
-from u2a_fast.influence.derivatives import Approximate, DerivativePass, is_out_of_memory
+from u2a_fast.data.packing import Example
+from u2a_fast.influence.derivatives import Approximate, DerivativeBatch, DerivativePass
 from u2a_fast.influence.layers import choose_layers, keep_layers
-from u2a_fast.influence.lowrank import spectra, truncate
-from u2a_fast.influence.ranks import GRID, Profile, RankPlan, exact_units, plan_ranks
-from u2a_fast.influence.routes import Choice, Pass, run_batches, run_parts
+from u2a_fast.influence.lowrank import truncate
+from u2a_fast.influence.profiles import profile_ranks
+from u2a_fast.influence.ranks import Profile, RankPlan, exact_units, plan_ranks
+from u2a_fast.influence.routes import Choice, Pass, preflight, run_batches, run_parts
 from u2a_fast.influence.scores import Scores, ScoringReport
 from u2a_fast.influence.topk import (
     best,
@@ -29,8 +30,7 @@ from u2a_fast.influence.topk import (
     shortlist_positions,
     unlisted_sample,
 )
-from u2a_fast.models.capture import Capture
-from u2a_fast.models.parameters import parameter_names
+from u2a_fast.models.memory import Room, TokenBudget, is_out_of_memory
 from u2a_fast.statistics import spearman
 from u2a_fast.store.journal import Journal
 
@@ -43,6 +43,7 @@ __all__ = [
     "Run",
     "check_mode",
     "plan",
+    "probe",
     "score",
     "topk",
     "topk_by_estimate",
@@ -62,11 +63,15 @@ NO_PLAN = 4  # below this many samples of negatives, planning costs more than it
 
 @dataclass(frozen=True)
 class Rows:
-    """Scores, NLLs and scored tokens of n negatives, and bounds of the scores' errors where there are any; (n) each."""
+    """Scores, NLLs and scored tokens of n negatives, which of them fit in memory, and bounds of the scores' errors.
+
+    (n) each. What does not fit even alone has NaN; bounds are there where the pass has them.
+    """
 
     score: np.ndarray
     nll: np.ndarray
     tokens: np.ndarray
+    fits: np.ndarray
     bound: np.ndarray | None = None
 
 
@@ -79,7 +84,7 @@ class Run:
         exact: its exact pass, by whichever route, and why by that.
         make: builds the reverse pass of an approximation (None: of the direction itself).
         slope: d loss / d NLL_i from the NLLs of given positions.
-        token_budget: most tokens a batch.
+        budget: most tokens a batch, kept by the scorer from call to call.
         memo: what later calls of the same scorer use again.
         float32: its exact pass in float32, where it scores in 16 bits.
         on_progress: called after every batch.
@@ -91,7 +96,7 @@ class Run:
     exact: Callable[[], tuple[Pass, Choice]]
     make: Callable[[Approximate | None], DerivativePass]
     slope: Callable[[Tensor, np.ndarray], Tensor]
-    token_budget: int
+    budget: TokenBudget
     memo: dict[Any, Any]
     float32: Callable[[], Pass] | None = None
     on_progress: Progress | None = None
@@ -123,38 +128,49 @@ class Run:
         self, passes: Pass, positions: np.ndarray, done: int, tell: Callable[[int], None]
     ) -> dict[str, np.ndarray]:
         """The columns of ``Rows``, by name; ``tell`` hears of every batch, counted from ``done``."""
-        n = len(positions)
-        found = []
+        n, items = len(positions), [self.items[int(i)] for i in positions]
+
+        def attempt(room: Room) -> list[tuple[list[int], DerivativeBatch]]:
+            # Results stay where they are until all are there: waiting for each would leave a GPU idle in between.
+            found, seen = [], done
+            for at, out in run_batches(passes, items, room):
+                found.append((at, replace(out, parts={}, by_token=None)))
+                seen += len(at)
+                tell(seen)
+            return found
+
         with passes.running():
-            for at, out in run_batches(passes, [self.items[int(i)] for i in positions], self.token_budget):
-                # Results stay where they are until all are there: waiting for each would leave a GPU idle in between.
-                found.append((at, out.derivatives[0], out.nll, out.tokens, out.bound))
-                done += len(at)
-                tell(done)
-        derivative, nll, bound = torch.empty(3, n, dtype=torch.float64)
-        tokens = torch.empty(n, dtype=torch.int64)
-        bounded = False
-        for at, *columns, count, limit in found:
-            derivative[at], nll[at] = (column.double().cpu() for column in columns)
-            tokens[at] = count
-            if limit is not None:
-                bounded = True
-                bound[at] = limit[0].cpu()
+            found = self.budget.fit(passes.kind, attempt)
+        derivative, nll, bound = torch.full((3, n), torch.nan, dtype=torch.float64)
+        tokens, fits = torch.empty(n, dtype=torch.int64), torch.ones(n, dtype=torch.bool)
+        for at, out in found:
+            derivative[at], nll[at] = out.derivatives[0].double().cpu(), out.nll.double().cpu()
+            tokens[at], fits[at] = out.tokens, out.fits
+            if out.bound is not None:
+                bound[at] = out.bound[0].cpu()
         slope = self.slope(nll, positions)
-        made = {"score": slope * derivative, "nll": nll, "tokens": tokens}
-        made |= {"bound": slope.abs() * bound} if bounded else {}
+        made = {"score": slope * derivative, "nll": nll, "tokens": tokens, "fits": fits}
+        # NaN promises nothing: where an example did not fit, its exact score is asked for
+        made |= {"bound": slope.abs() * bound} if any(out.bound is not None for _, out in found) else {}
         return {name: column.numpy() for name, column in made.items()}
 
     def rescore(self, rows: Rows, positions: np.ndarray, *, before: int = 0) -> np.ndarray:
         """Exact scores at ``positions``, written into ``rows`` too."""
-        rows.score[positions] = self.evaluate(self.exact()[0], positions, "rescoring", before=before).score
-        return rows.score[positions]
+        again = self.evaluate(self.exact()[0], positions, "rescoring", before=before)
+        rows.score[positions], rows.fits[positions] = again.score, again.fits
+        # an approximate pass, which keeps more, may have had no memory for what now fits
+        lost = np.isnan(rows.nll[positions])
+        rows.nll[positions[lost]] = again.nll[lost]
+        return again.score
 
     def scores(self, rows: Rows, exact: np.ndarray, report: ScoringReport, order: np.ndarray | None = None) -> Scores:
         """The rows as ``Scores``, all of them or those at ``order``."""
         ids = np.array([str(item.get("id", i)) for i, item in enumerate(self.items)], dtype=object)
         columns = {"id": ids, "score": rows.score, "nll": rows.nll, "tokens": rows.tokens, "exact": exact}
+        columns |= {"fits": rows.fits}
         order = np.arange(len(self.items)) if order is None else order
+        unfit = int((~rows.fits).sum())
+        report = replace(report, token_budget=dict(self.budget.found), unfit=unfit or None)
         return Scores.from_columns({name: column[order] for name, column in columns.items()}, report)
 
 
@@ -179,7 +195,16 @@ def score(run: Run, mode: str, *, rank: int, fraction: float | None) -> Scores:
     if run.float32 is None:
         return found
     assert found.report is not None
-    return replace(found, report=replace(found.report, **_against_float32(run, found.score)))
+    against = _against_float32(run, found.score, found.fits)
+    return replace(found, report=replace(found.report, token_budget=dict(run.budget.found), **against))
+
+
+def probe(run: Run, mode: str, rank: int) -> None:
+    """Halve the budget until the largest batch of ``run`` that is no lone example too large fits."""
+    approximate = {"lowrank": partial(_low_rank_pass, run, rank), "layers": partial(run.make, None)}
+    passes: Pass = approximate[mode]() if mode in approximate else run.exact()[0]
+    with passes.running():
+        preflight(passes, run.items, run.budget)
 
 
 def _exact(run: Run) -> Scores:
@@ -192,7 +217,7 @@ def _route(choice: Choice) -> dict[str, Any]:
     return {"route": choice.mode, "reason": choice.reason}
 
 
-def _against_float32(run: Run, scores: np.ndarray) -> dict[str, Any]:
+def _against_float32(run: Run, scores: np.ndarray, fits: np.ndarray) -> dict[str, Any]:
     """The report's ``float32_spearman``, measured once a scorer, or a note that memory did not allow it."""
     n = len(run.items)
     if "float32" not in run.memo and n >= LEAST_RANKED:
@@ -200,8 +225,9 @@ def _against_float32(run: Run, scores: np.ndarray) -> dict[str, Any]:
         size = min(n, max(LEAST_RANKED, min(PLAN_SAMPLE, n // FLOAT32_SHARE)))
         sample = np.sort(np.random.default_rng(0).choice(n, size, replace=False))
         try:
-            wide = run.evaluate(run.float32(), sample, "float32 sample").score
-            run.memo["float32"] = {"float32_spearman": spearman(scores[sample], wide)}
+            wide = run.evaluate(run.float32(), sample, "float32 sample")
+            both = wide.fits & fits[sample]
+            run.memo["float32"] = {"float32_spearman": spearman(scores[sample][both], wide.score[both])}
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -226,6 +252,12 @@ def _low_rank(run: Run, rank: int) -> Scores:
     return run.scores(run.evaluate(passes, stage="low-rank pass"), np.zeros(n, dtype=bool), report)
 
 
+def _agreement(estimates: np.ndarray, rows: Rows, sampled: np.ndarray) -> float:
+    """Rank correlation of estimates with exact scores on those of a sample that fit in memory."""
+    known = sampled[rows.fits[sampled]]
+    return spearman(estimates[known], rows.score[known])
+
+
 def _shortlist(run: Run, rank: int, fraction: float) -> Scores:
     n, passes = len(run.items), _low_rank_pass(run, rank)
     rows = run.evaluate(passes, stage="low-rank pass")
@@ -244,7 +276,7 @@ def _shortlist(run: Run, rank: int, fraction: float) -> Scores:
         rank=rank,
         recall=recall,
         recall_interval=interval,
-        spearman=spearman(approximate[sampled], rows.score[sampled]),
+        spearman=_agreement(approximate, rows, sampled),
         **_energy(passes),
     )
     return run.scores(rows, exact, report)
@@ -253,8 +285,10 @@ def _shortlist(run: Run, rank: int, fraction: float) -> Scores:
 def _layers(run: Run, fraction: float) -> Scores:
     n = len(run.items)
     if ("layers", fraction) not in run.memo:
-        parts = run_parts(run.make(None), run.items[:LAYER_SAMPLE], run.token_budget)
-        chosen = choose_layers({path: part.cpu().numpy() for path, part in parts.items()}, fraction)
+        # a budget of its own, so that a resumed run, which may know a smaller one for the rest, chooses alike
+        parts, unfit = run_parts(run.make(None), run.items[:LAYER_SAMPLE], run.budget, "sample for layers")
+        known = {path: np.delete(part.cpu().numpy(), unfit) for path, part in parts.items()}
+        chosen = choose_layers(known, fraction)
         run.memo["layers", fraction] = chosen, run.make(partial(keep_layers, choice=chosen))
     choice, passes = run.memo["layers", fraction]
     report = ScoringReport("layers", n, layers=choice.blocks, share=choice.share, spearman=choice.spearman)
@@ -304,8 +338,9 @@ def topk_by_estimate(run: Run, estimates: np.ndarray, k: int, *, candidates: int
     positions = np.concatenate([listed, sampled])
     found = run.evaluate(passes, positions, "rescoring")
     recall, interval = recall_of_shortlist(found.score[: len(listed)], found.score[len(listed) :], n - len(listed))
-    rows = Rows(np.full(n, np.nan), np.full(n, np.nan), np.zeros(n, dtype=np.int64), None)
-    rows.score[positions], rows.nll[positions], rows.tokens[positions] = found.score, found.nll, found.tokens
+    rows = Rows(np.full(n, np.nan), np.full(n, np.nan), np.zeros(n, dtype=np.int64), np.ones(n, dtype=bool))
+    for name in ("score", "nll", "tokens", "fits"):
+        getattr(rows, name)[positions] = getattr(found, name)
     report = ScoringReport(
         "index",
         n,
@@ -315,7 +350,7 @@ def topk_by_estimate(run: Run, estimates: np.ndarray, k: int, *, candidates: int
         certified=False,
         recall=recall,
         recall_interval=interval,
-        spearman=spearman(estimates[sampled], rows.score[sampled]) if len(sampled) >= LEAST_RANKED else None,
+        spearman=_agreement(estimates, rows, sampled) if len(sampled) >= LEAST_RANKED else None,
     )
     positions = np.sort(positions)  # equal scores in the order given
     return run.scores(rows, np.ones(n, dtype=bool), report, positions[best(rows.score[positions], k)])
@@ -337,27 +372,13 @@ def _plan(run: Run, k: int) -> RankPlan:
     positions = np.sort(np.random.default_rng(0).choice(n, PLAN_SAMPLE, replace=False))
     rows = run.evaluate(passes, positions, "sample")
     slope = run.slope(torch.from_numpy(rows.nll), positions).abs().numpy()
-    return plan_ranks(_profiles(run, positions, slope), rows.score, k / n, exact)
+    profiles, profiled = _profiles(run, positions, slope)
+    known = profiled & rows.fits
+    if not known.any():
+        return RankPlan({}, exact, 1.0, exact)
+    shown = {name: replace(profile, bounds=profile.bounds[:, known]) for name, profile in profiles.items()}
+    return plan_ranks(shown, rows.score[known], k / n, exact)
 
 
-def _profiles(run: Run, positions: np.ndarray, slope: np.ndarray) -> dict[str, Profile]:
-    """How far each weight's truncation can move the scores of a sample, by rank."""
-    passes = run.make(None)
-    directions = passes.approximation.kept
-    found = spectra(passes.decoder, directions, GRID)
-    name_of = parameter_names(passes.decoder.model)
-    names = {
-        path: name_of[id(p)]
-        for path, module in passes.decoder.model.named_modules()
-        for own, p in module.named_parameters(recurse=False)
-        if own == "weight"
-    }
-    bounds = {name: np.zeros((len(spectrum.ranks), len(positions))) for name, spectrum in found.items()}
-    with passes.running():
-        capture = Capture(passes.decoder, {}, found)
-        for at, batch in batched([run.items[int(i)] for i in positions], run.token_budget):
-            passes.propagate(passes.decoder.pack(batch), capture)
-            for path, part in capture.parts().items():
-                bounds[names[path]][:, at] += part.cpu().numpy() * slope[at]
-    shapes = {name: (spectrum.left.shape[0], spectrum.right.shape[0]) for name, spectrum in found.items()}
-    return {name: Profile(shapes[name], found[name].ranks, bounds[name]) for name in found}
+def _profiles(run: Run, positions: np.ndarray, slope: np.ndarray) -> tuple[dict[str, Profile], np.ndarray]:
+    return profile_ranks(run.make(None), [run.items[int(i)] for i in positions], slope, run.budget)

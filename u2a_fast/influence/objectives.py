@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from u2a_fast.data.packing import Example, batched
-from u2a_fast.influence.derivatives import resolve_token_budget
+from u2a_fast.influence.derivatives import as_budget
 from u2a_fast.models.decoder import Decoder, check_reduction, reduce_tokens
+from u2a_fast.models.memory import Room, TokenBudget, describe
 from u2a_fast.models.parameters import evaluation_mode
 
 __all__ = ["DPO", "Objective", "Reward", "SFT"]
@@ -70,30 +71,62 @@ class Objective(ABC):
         cut = min(max(round(fraction * len(order)), 1), len(order) - 1)
         return self.subset(sorted(order[cut:])), self.subset(sorted(order[:cut]))
 
-    def prepare(self, model: nn.Module, *, token_budget: int | None = None) -> Self:
+    def prepare(self, model: nn.Module, *, token_budget: int | TokenBudget | None = None) -> Self:
         """Fix the reference log-probabilities at ``model`` as it is now; a second call changes nothing."""
         if self.needs_reference and self.reference is None:
             self.reference = self.logprobs(model, token_budget=token_budget).cpu()
         return self
 
-    def logprobs(self, model: nn.Module, *, token_budget: int | None = None) -> Tensor:
-        """Log-probabilities (R, S) of every row's sequences, nothing differentiable, in nats."""
+    def logprobs(self, model: nn.Module, *, token_budget: int | TokenBudget | None = None) -> Tensor:
+        """Log-probabilities (R, S) of every row's sequences, nothing differentiable, in nats.
+
+        Raises torch.OutOfMemoryError, naming it, for a sequence that does not fit in memory even alone.
+        """
+        return self._logprobs(model, token_budget, nan_where_unfit=False)
+
+    def logprobs_that_fit(self, model: nn.Module, *, token_budget: int | TokenBudget | None = None) -> Tensor:
+        """``logprobs``, NaN with a warning for a sequence that does not fit in memory even alone."""
+        return self._logprobs(model, token_budget, nan_where_unfit=True)
+
+    def _logprobs(self, model: nn.Module, token_budget: int | TokenBudget | None, *, nan_where_unfit: bool) -> Tensor:
         decoder = Decoder(model)
         examples = self.sequences()
-        out: list[Tensor] = [torch.empty(0)] * len(examples)
-        with evaluation_mode(model), torch.no_grad():
-            for positions, batch in batched(examples, resolve_token_budget(token_budget, decoder.device)):
-                packed = decoder.pack(batch)
-                values = reduce_tokens(decoder.token_logprobs(packed)[None], packed, self.reduction)[0]
-                for position, value in zip(positions, values, strict=True):
-                    out[position] = value
-        return torch.stack(out).view(len(self.rows), -1)
 
-    def losses(self, model: nn.Module, *, token_budget: int | None = None) -> Tensor:
+        def attempt(room: Room) -> list[Tensor]:
+            out: list[Tensor | None] = [None] * len(examples)
+            plan = batched(examples, room.tokens)
+            for positions, values in room.each(plan, lambda _, batch: self._of_batch(decoder, batch)):
+                if values is None and not nan_where_unfit:
+                    raise self._unfit(positions[0], examples)
+                for position, value in zip(positions, [None] if values is None else values, strict=True):
+                    out[position] = value
+            known = next((value for value in out if value is not None), torch.empty((), device=decoder.device))
+            return [torch.full_like(known, torch.nan) if value is None else value for value in out]
+
+        with evaluation_mode(model), torch.no_grad():
+            found = as_budget(token_budget, decoder.device).fit("log-probabilities", attempt)
+        return torch.stack(found).view(len(self.rows), -1)
+
+    def _of_batch(self, decoder: Decoder, batch: Sequence[Example]) -> Tensor:
+        """Log-probabilities (B) of a batch's sequences."""
+        packed = decoder.pack(batch)
+        return reduce_tokens(decoder.token_logprobs(packed)[None], packed, self.reduction)[0]
+
+    def _unfit(self, position: int, examples: Sequence[Example]) -> torch.OutOfMemoryError:
+        """What ends a run: without one of its sequences the objective would be another."""
+        row, own = divmod(position, len(examples) // len(self.rows))
+        return torch.OutOfMemoryError(
+            f"[{type(self).__name__}] sequence {own} of preference row {row} ("
+            f"{describe(position, examples[position])}) "
+            "does not fit in memory even alone: cut rows shorter (max_length), leave that row out, load the model in "
+            "bfloat16, or select fewer parameters (their gradients take memory too)"
+        )
+
+    def losses(self, model: nn.Module, *, token_budget: int | TokenBudget | None = None) -> Tensor:
         """Loss of every row (R) at ``model``."""
         return self.row_losses(self.logprobs(model, token_budget=token_budget))
 
-    def value(self, model: nn.Module, *, token_budget: int | None = None) -> float:
+    def value(self, model: nn.Module, *, token_budget: int | TokenBudget | None = None) -> float:
         """L_PA at ``model``, in nats (Reward: reward-weighted nats); lower is better."""
         return self.losses(model, token_budget=token_budget).mean().item()
 
@@ -105,35 +138,51 @@ class Objective(ABC):
         return grad
 
     def gradient(
-        self, model: nn.Module, names: Iterable[str] | None = None, *, token_budget: int | None = None
+        self,
+        model: nn.Module,
+        names: Iterable[str] | None = None,
+        *,
+        token_budget: int | TokenBudget | None = None,
     ) -> dict[str, Tensor]:
         """Gradient of L_PA by parameter name, at ``model`` in evaluation mode.
 
         Args:
             model: a transformers causal LM or a PEFT model around one.
             names: names of ``model.named_parameters()``; None: those with ``requires_grad``.
-            token_budget: most tokens a batch.
+            token_budget: most tokens a batch, halved with a warning where that does not fit in memory.
 
         Returns:
             name -> tensor of the parameter's shape, float32 (float64 for float64 parameters).
+
+        Raises:
+            ValueError: a name is not one of the model's parameters.
+            torch.OutOfMemoryError: a sequence, named, does not fit in memory even alone.
         """
         parameters = dict(model.named_parameters())
         chosen = [n for n, p in parameters.items() if p.requires_grad] if names is None else list(names)
         if unknown := [name for name in chosen if name not in parameters]:
             raise ValueError(f"[gradient] expected names of model.named_parameters(), got {unknown[:3]}")
         trainable = [parameters[name] for name in chosen]
-        total = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trainable]
-        weights = self.coefficients(self.logprobs(model, token_budget=token_budget)).flatten() / len(self.rows)
-        decoder = Decoder(model)
-        with evaluation_mode(model, trainable):
-            for positions, batch in batched(self.sequences(), resolve_token_budget(token_budget, decoder.device)):
-                packed = decoder.pack(batch)
-                values = reduce_tokens(decoder.token_logprobs(packed)[None], packed, self.reduction)[0]
-                grads = torch.autograd.grad(values @ weights[positions].to(values.dtype), trainable, allow_unused=True)
+        decoder, examples = Decoder(model), self.sequences()
+        budget = as_budget(token_budget, decoder.device)
+        weights = self.coefficients(self.logprobs(model, token_budget=budget)).flatten() / len(self.rows)
+
+        def of_batch(positions: list[int], batch: Sequence[Example]) -> Sequence[Tensor | None]:
+            values = self._of_batch(decoder, batch)
+            return torch.autograd.grad(values @ weights[positions].to(values.dtype), trainable, allow_unused=True)
+
+        def attempt(room: Room) -> list[Tensor]:
+            total = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trainable]
+            for positions, grads in room.each(batched(examples, room.tokens), of_batch):
+                if grads is None:
+                    raise self._unfit(positions[0], examples)
                 for sum_, grad in zip(total, grads, strict=True):
                     if grad is not None:
                         sum_ += grad
-        return dict(zip(chosen, total, strict=True))
+            return total
+
+        with evaluation_mode(model, trainable):
+            return dict(zip(chosen, budget.fit("gradient", attempt), strict=True))
 
 
 class DPO(Objective):

@@ -16,12 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from u2a_fast.data.packing import Example
-from u2a_fast.influence.derivatives import DerivativeBatch, DerivativePass, Direction
+from u2a_fast.influence.derivatives import DerivativeBatch, DerivativePass, Direction, kind_of
 from u2a_fast.influence.lowrank import linear_weights
-from u2a_fast.influence.routes import run_batches
+from u2a_fast.influence.routes import preflight, run_batches
 from u2a_fast.models.capture import Capture
 from u2a_fast.models.contractions import Factors
 from u2a_fast.models.decoder import Decoder, reduce_tokens
+from u2a_fast.models.memory import Room, TokenBudget
 from u2a_fast.models.parameters import parameter_names
 from u2a_fast.models.projection import Projection, SecondMoments, Sketch, TwoSided, identity_block, two_sided
 from u2a_fast.store.files import write_atomically
@@ -129,9 +130,9 @@ class _FactorPass:
     """A ``BatchPass`` that contracts every gradient with its weight's factors, each into its slice: (width, B)."""
 
     def __init__(
-        self, passes: DerivativePass, factors: Mapping[str, Factors], slices: Mapping[str, slice], width: int
+        self, passes: DerivativePass, kind: str, factors: Mapping[str, Factors], slices: Mapping[str, slice], width: int
     ) -> None:
-        self._passes, self._slices = passes, slices
+        self._passes, self.kind, self._slices = passes, kind, slices
         self.decoder, self.double, self.count = passes.decoder, passes.double, width
         with self.running():
             self._capture = Capture(self.decoder, {}, factors)
@@ -163,23 +164,29 @@ class Projector:
     Args:
         passes: over no direction.
         projections: of the same model.
-        token_budget: tokens a batch.
+        budget: tokens a batch; shared with whoever wants to know what was found to fit.
+        dtype: of the passes, None: the model's own.
 
     Raises:
         NotImplementedError: a layer is not understood.
     """
 
-    def __init__(self, passes: DerivativePass, projections: Projections, token_budget: int) -> None:
-        self.passes, self.projections, self.budget = passes, projections, token_budget
-        if projections.kind == "pca":  # a model that is not understood is refused here, before anything is written
-            moments = projections.moments()
-            self._measuring = moments, _FactorPass(passes, moments, dict.fromkeys(moments, slice(0)), 0)
+    def __init__(
+        self, passes: DerivativePass, projections: Projections, budget: TokenBudget, dtype: torch.dtype | None
+    ) -> None:
+        self.passes, self.projections, self.budget = passes, projections, budget
+        self._kind, self._measuring_kind = kind_of("projection", dtype), kind_of("projection's sample", dtype)
+        if projections.kind == "pca":
+            self._measuring(projections.moments())  # refuses a model that is not understood before anything is written
         else:
             self._projecting = self._over_projections()
 
     def _over_projections(self) -> _FactorPass:
         p = self.projections
-        return _FactorPass(self.passes, p.by_name, p.slices, p.width)
+        return _FactorPass(self.passes, self._kind, p.by_name, p.slices, p.width)
+
+    def _measuring(self, moments: Mapping[str, SecondMoments]) -> _FactorPass:
+        return _FactorPass(self.passes, self._measuring_kind, moments, dict.fromkeys(moments, slice(0)), 0)
 
     def settle(self, folder: Path, sample: Sequence[Example]) -> None:
         """Have the projections of ``pca``: those of the run that goes on, else measured on ``sample`` and written.
@@ -192,24 +199,43 @@ class Projector:
         if not path.exists():
             if written := sorted(folder.glob("shard-*.npy")):
                 raise FileNotFoundError(f"[index] no such file: {path}, by which {written[0].name} was projected")
-            moments, measuring = self._measuring
-            with measuring.running():
-                for _ in run_batches(measuring, sample, self.budget):
-                    pass
+            moments = self.budget.fit(
+                self._measuring_kind, lambda room: self._measure(sample, room), unfit="are left out of the sample"
+            )
             kind = torch.float64 if self.passes.double else torch.float32
             bases = {name: moment.basis(kind) for name, moment in moments.items()}
             write_atomically(path, partial(_save_bases, bases))
-        del self._measuring
         self.projections.load(path)
         self._projecting = self._over_projections()
 
+    def _measure(self, sample: Sequence[Example], room: Room) -> dict[str, SecondMoments]:
+        moments = self.projections.moments()
+        measuring = self._measuring(moments)
+        with measuring.running():
+            for _ in run_batches(measuring, sample, room):
+                pass
+        return moments
+
+    def preflight(self, longest: Sequence[Example]) -> None:
+        """Find the budget that fits the longest examples of all, unless it is known."""
+        if self._kind not in self.budget.found:
+            with self._projecting.running():
+                preflight(self._projecting, longest, self.budget)
+
     def rows(self, examples: Sequence[Example]) -> np.ndarray:
-        """Projected gradients, (B, width); float32, or float64 for a model of float64."""
+        """Projected gradients, (B, width); float32, or float64 for a model of float64.
+
+        NaN, with a warning, for an example that does not fit in memory even alone.
+        """
         kind = np.float64 if self.passes.double else np.float32
         out = np.empty((len(examples), self.projections.width), dtype=kind)
-        with self._projecting.running():
-            for positions, result in run_batches(self._projecting, examples, self.budget):
+
+        def attempt(room: Room) -> None:
+            for positions, result in run_batches(self._projecting, examples, room):
                 out[positions] = result.derivatives.T.cpu().numpy()
+
+        with self._projecting.running():
+            self.budget.fit(self._kind, attempt)
         return out
 
 

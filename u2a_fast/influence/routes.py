@@ -1,6 +1,5 @@
 """Which way to the derivatives: forward or reverse, by model and number of directions, with the reason."""
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,19 +9,19 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from u2a_fast.data.packing import Example
+from u2a_fast.data.packing import IGNORE_INDEX, Example
 from u2a_fast.influence.derivatives import (
     DerivativeBatch,
     DerivativePass,
     Direction,
-    is_out_of_memory,
-    resolve_token_budget,
+    as_budget,
 )
 from u2a_fast.influence.forward import ForwardPass
 from u2a_fast.influence.lowrank import check_rank, truncate
 from u2a_fast.models.decoder import Decoder
+from u2a_fast.models.memory import Room, TokenBudget
 
-__all__ = ["MODES", "Choice", "Pass", "directional_derivatives", "make_pass", "run_batches", "run_parts"]
+__all__ = ["MODES", "Choice", "Pass", "directional_derivatives", "make_pass", "preflight", "run_batches", "run_parts"]
 
 MODES = ("auto", "forward", "reverse", "lowrank")
 
@@ -33,6 +32,7 @@ class BatchPass(Protocol):
     decoder: Decoder
     count: int
     double: bool
+    kind: str
 
     def batches(self, examples: Sequence[Example], token_budget: int) -> list[tuple[list[int], list[Example]]]: ...
 
@@ -93,43 +93,61 @@ def make_pass(
 
 
 def run_batches(
-    passes: BatchPass, examples: Sequence[Example], token_budget: int
+    passes: BatchPass, examples: Sequence[Example], room: Room | int
 ) -> Iterator[tuple[list[int], DerivativeBatch]]:
     """Run every batch inside ``passes.running()``: (positions, result), the largest batch first.
 
-    A batch that does not fit in memory is split, and the budget of all that follow is halved, with a warning.
+    ``room``: most tokens a batch, as ``TokenBudget.fit`` hands it out. An example that does not fit in memory even
+    alone gives a result of NaN (``fits``). Raises OutOfRoom for a batch of several that does not fit.
     """
-    pending = passes.batches(examples, token_budget)
-    while pending:
-        positions, batch = pending.pop(0)
-        result = None
-        try:
-            result = passes(batch)
-        except RuntimeError as error:
-            if not is_out_of_memory(error) or len(batch) == 1:
-                raise
-        if result is not None:
-            yield positions, result
-            continue
-        # here, not in the handler: the error would hold the failed batch's tensors
-        token_budget = max(token_budget // 2, 1)
-        warnings.warn(
-            f"[token_budget] {len(batch)} examples do not fit in memory: going on with {token_budget} tokens a batch",
-            stacklevel=2,
-        )
-        left = sorted(i for rest, _ in [(positions, batch), *pending] for i in rest)
-        plan = passes.batches([examples[i] for i in left], token_budget)
-        pending = [([left[i] for i in rest], again) for rest, again in plan]
+    room = Room(room) if isinstance(room, int) else room
+    for positions, result in room.each(passes.batches(examples, room.tokens), lambda _, batch: passes(batch)):
+        yield positions, _unfit(passes, examples[positions[0]]) if result is None else result
 
 
-def run_parts(passes: DerivativePass, examples: Sequence[Example], token_budget: int) -> dict[str, Tensor]:
-    """Every module's share of the first direction's derivatives, (B) float64 by path, in the order of their calls."""
-    found: dict[str, Tensor] = {}
-    with passes.running():
-        for positions, result in run_batches(passes, examples, token_budget):
+def preflight(passes: BatchPass, longest: Sequence[Example], budget: TokenBudget) -> None:
+    """Inside ``passes.running()``: halve the budget until the largest batch fits, lone examples that never do apart."""
+
+    def attempt(room: Room) -> None:
+        next((True for _, out in run_batches(passes, longest, room) if out.fits), None)
+        room.unfit.clear()  # the run proper names them
+
+    budget.fit(passes.kind, attempt)
+
+
+def _unfit(passes: BatchPass, example: Example) -> DerivativeBatch:
+    """What stands for one example that does not fit in memory."""
+    scored = sum(int(label) != IGNORE_INDEX for label in example["labels"][1:])
+    dtype, device = torch.float64 if passes.double else torch.float32, passes.decoder.device
+    derivatives, nll, by_token = (
+        torch.full(shape, torch.nan, dtype=dtype, device=device)
+        for shape in ((passes.count, 1), (1,), (passes.count, scored))
+    )
+    return DerivativeBatch(derivatives, nll, torch.tensor([scored]), by_token=by_token, fits=False)
+
+
+def run_parts(
+    passes: DerivativePass, examples: Sequence[Example], budget: TokenBudget, kind: str | None = None
+) -> tuple[dict[str, Tensor], list[int]]:
+    """Every module's share of the first direction's derivatives, (B) float64 by path, in the order of their calls.
+
+    Also the positions of the examples that do not fit in memory, whose shares are NaN. ``kind``: of loop, in
+    ``budget``; None: that of all such passes.
+    """
+
+    def attempt(room: Room) -> tuple[dict[str, Tensor], list[int]]:
+        found: dict[str, Tensor] = {}
+        unfit: list[int] = []
+        for positions, result in run_batches(passes, examples, room):
+            unfit += [] if result.fits else positions
             for path, part in result.parts.items():
                 found.setdefault(path, part.new_zeros(len(examples)))[positions] = part[0]
-    return found
+        for part in found.values():
+            part[unfit] = torch.nan
+        return found, unfit
+
+    with passes.running():
+        return budget.fit(kind or passes.kind, attempt)
 
 
 def directional_derivatives(
@@ -140,7 +158,7 @@ def directional_derivatives(
     reduction: str = "mean",
     mode: str = "auto",
     rank: int = 16,
-    token_budget: int | None = None,
+    token_budget: int | TokenBudget | None = None,
     dtype: torch.dtype | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
@@ -158,13 +176,16 @@ def directional_derivatives(
             allows it, else reverse. ``"lowrank"`` is approximate: reverse, every matrix of the direction truncated.
         rank: singular vectors that ``"lowrank"`` keeps of a matrix.
         token_budget: most tokens a batch (an example longer than that goes alone); None: 2048 on CPU, 16384 on CUDA.
+            Where batches of that size do not fit in memory it is halved until they do, with a warning; a
+            ``TokenBudget`` keeps what was found for further calls.
         dtype: precision of the model's passes; accumulation is float32 whatever it is. None: the model's own.
         batch_invariant: an example's derivative has the same bits whatever its companions, their order and the token
             budget, on one machine with one number of threads and one version of every library. Every example runs
             alone, shared prompts too: what that costs is measured in u2a_fast docs/benchmarks.md.
 
     Returns:
-        (B), or (K, B) for a list of directions: float32 (float64 for a float64 model), on the model's device.
+        (B), or (K, B) for a list of directions: float32 (float64 for a float64 model), on the model's device. NaN, with
+        a warning, for an example that does not fit in memory even alone.
 
     Raises:
         ValueError: a name, a shape, an example or an option is wrong.
@@ -174,11 +195,13 @@ def directional_derivatives(
     if torch.is_inference_mode_enabled():
         raise RuntimeError("[directional_derivatives] expected to be called outside of torch.inference_mode()")
     passes, _ = make_pass(model, directions, mode=mode, rank=rank, reduction=reduction, dtype=dtype)
-    budget = resolve_token_budget(token_budget, passes.decoder.device, batch_invariant=batch_invariant)
+    budget = as_budget(token_budget, passes.decoder.device, batch_invariant=batch_invariant)
     out_dtype = torch.float64 if passes.double else torch.float32
     out = torch.empty(passes.count, len(examples), dtype=out_dtype, device=passes.decoder.device)
     with passes.running():
-        found = [(at, result.derivatives) for at, result in run_batches(passes, examples, budget)]
+        found = budget.fit(
+            passes.kind, lambda room: [(at, out.derivatives) for at, out in run_batches(passes, examples, room)]
+        )
     for positions, derivatives in found:  # after the last batch: on a GPU an index waits for all that runs
         out[:, positions] = derivatives
     return out[0] if isinstance(direction, Mapping) else out

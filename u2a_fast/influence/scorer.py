@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -12,15 +13,16 @@ from torch import Tensor, nn
 
 from u2a_fast.curvature.diagonal import Curvature, DiagonalFisher, Identity, check_damping
 from u2a_fast.data.packing import Example
-from u2a_fast.influence.derivatives import Approximate, DerivativePass, resolve_token_budget
+from u2a_fast.influence.derivatives import Approximate, DerivativePass, as_budget
 from u2a_fast.influence.index import GradientIndex
 from u2a_fast.influence.lowrank import check_rank, truncate
-from u2a_fast.influence.modes import EXACT_MODES, Progress, Run, check_mode, plan, score, topk, topk_by_estimate
+from u2a_fast.influence.modes import EXACT_MODES, Progress, Run, check_mode, plan, probe, score, topk, topk_by_estimate
 from u2a_fast.influence.objectives import Objective
 from u2a_fast.influence.ranks import RankPlan
 from u2a_fast.influence.routes import Choice, Pass, make_pass
 from u2a_fast.influence.scores import Scores, ScoringReport
 from u2a_fast.losses import unlearning_slope
+from u2a_fast.models.memory import TokenBudget
 from u2a_fast.models.parameters import selected_parameters
 from u2a_fast.store.journal import Journal
 
@@ -46,7 +48,8 @@ class InfluenceScorer:
         npo_beta: NPO's inverse temperature, 1/nats.
         reduction: NLL_i is the ``"mean"`` or ``"sum"`` over example i's scored tokens.
         damping: mu over the mean of the curvature's diagonal (not used by ``"identity"``).
-        token_budget: most tokens a batch; None: 2048 on CPU, 16384 on CUDA.
+        token_budget: most tokens a batch; None: 2048 on CPU, 16384 on CUDA. Halved, with a warning, where that does not
+            fit in memory, for each kind of pass; what was found is kept for later calls (``budget.found``).
         dtype: precision of the scoring passes, e.g. ``torch.bfloat16``; the direction is solved in the model's own.
         mode: ``"auto"``, ``"forward"`` and ``"reverse"`` are exact, routes as ``directional_derivatives`` takes them.
             ``"lowrank"`` truncates the direction, ``"shortlist"`` scores exactly those that a low-rank pass ranks best,
@@ -70,7 +73,7 @@ class InfluenceScorer:
         npo_beta: float = 0.1,
         reduction: str = "mean",
         damping: float = 0.1,
-        token_budget: int | None = None,
+        token_budget: int | TokenBudget | None = None,
         dtype: torch.dtype | None = None,
         mode: str = "auto",
         rank: int = 16,
@@ -92,11 +95,16 @@ class InfluenceScorer:
         self.damping, self.dtype = damping, dtype
         self.mode, self.rank, self.fraction = mode, rank, fraction
         device = next(model.parameters()).device
-        self.token_budget = resolve_token_budget(token_budget, device, batch_invariant=batch_invariant)
+        self.budget = as_budget(token_budget, device, batch_invariant=batch_invariant)
         self._curvature = curvature
         self._solver: Curvature | None = Identity() if curvature == "identity" else None
         self._direction: dict[str, Tensor] | None = None
         self._memo: dict[Any, Any] = {}
+
+    @property
+    def token_budget(self) -> int:
+        """Most tokens a batch that every kind of pass has been found to have memory for."""
+        return self.budget.least
 
     def reset(self) -> None:
         """Forget the direction, after the model has changed; the objective's reference stays."""
@@ -133,8 +141,8 @@ class InfluenceScorer:
     def direction(self) -> dict[str, Tensor]:
         """v = (H + mu I)^-1 grad L_PA by parameter name, solved once and kept until ``reset``."""
         if self._direction is None:
-            self.objective.prepare(self.model, token_budget=self.token_budget)
-            gradient = self.objective.gradient(self.model, self.names, token_budget=self.token_budget)
+            self.objective.prepare(self.model, token_budget=self.budget)
+            gradient = self.objective.gradient(self.model, self.names, token_budget=self.budget)
             self._direction = self.solve(gradient)
         return self._direction
 
@@ -175,10 +183,21 @@ class InfluenceScorer:
                 ends in the same bits (``store.Journal``).
 
         Returns:
-            ``Scores`` in the order given; a score that is not finite is kept as it is and counted in ``nonfinite``.
+            ``Scores`` in the order given; a score that is not finite is kept as it is and counted in ``nonfinite``. A
+            negative that does not fit in memory even alone gets NaN, with a warning (``fits``).
         """
         run = self._run(negatives, nll_reference, on_progress, journal)
         return score(run, self.mode, rank=self.rank, fraction=self.fraction)
+
+    def preflight(self, longest: Sequence[Example], first: Sequence[Example]) -> None:
+        """Find out how large a batch of ``score`` may be, before the first of several calls.
+
+        Args:
+            longest: the longest examples of all calls, as many as a batch takes.
+            first: the first call's, to which a curvature is fitted where it was named.
+        """
+        if longest:
+            probe(replace(self._run(first, None), items=longest), self.mode, self.rank)
 
     def topk(
         self,
@@ -281,6 +300,8 @@ class InfluenceScorer:
         journal: Journal | None = None,
     ) -> Run:
         items = list(negatives)
+        if journal is not None:
+            journal.follow(self.budget.found)
         if self._curvature == "fisher" and self._solver is None:
             self.fit_curvature(list(islice(items, _FISHER_SAMPLE)))
         reference = None if nll_reference is None else torch.as_tensor(nll_reference, dtype=torch.float64)
@@ -294,7 +315,7 @@ class InfluenceScorer:
             self._exact_pass,
             self._reverse_pass,
             slope,
-            self.token_budget,
+            self.budget,
             self._memo,
             self._float32_pass(),
             on_progress,

@@ -28,6 +28,8 @@ class ScoringReport:
         spearman: rank correlation of approximate with exact scores on a random sample.
         float32_spearman: rank correlation of 16-bit scores with float32 scores on a random sample of the negatives that
             this scorer scored first.
+        token_budget: most tokens a batch, as found to fit in memory, by kind of loop.
+        unfit: negatives without a score, because they do not fit in memory even alone; None: all fit.
         note: what else the user should know.
     """
 
@@ -47,6 +49,8 @@ class ScoringReport:
     share: float | None = None
     spearman: float | None = None
     float32_spearman: float | None = None
+    token_budget: Mapping[str, int] = field(default_factory=dict)
+    unfit: int | None = None
     note: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,6 +70,8 @@ class Scores:
         nll: NLL_i in nats, reduced as the scorer reduces (per token for ``"mean"``).
         tokens: scored tokens.
         exact: False where a score is an approximation; None at construction means that all are exact.
+        fits: False where there is no score, NaN, because the negative does not fit in memory even alone; None at
+            construction means that all fit.
         report: how the scores were made; None where they were read from a file.
     """
 
@@ -75,16 +81,19 @@ class Scores:
     tokens: np.ndarray
     exact: np.ndarray = None  # type: ignore[assignment]
     report: ScoringReport | None = None
+    fits: np.ndarray = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        if self.fits is None:
+            object.__setattr__(self, "fits", np.ones(len(self.score), dtype=bool))
         if self.exact is None:
             object.__setattr__(self, "exact", np.ones(len(self.score), dtype=bool))
 
     @classmethod
     def from_columns(cls, columns: Mapping[str, np.ndarray], report: ScoringReport | None = None) -> "Scores":
-        """Of arrays by attribute; ``exact`` may be absent."""
-        names = ("id", "score", "nll", "tokens")
-        return cls(*(columns[name] for name in names), exact=columns.get("exact"), report=report)  # type: ignore[misc, arg-type]
+        """Of arrays by attribute; ``exact`` and ``fits`` may be absent."""
+        kept = {name: columns.get(name) for name in ("id", "score", "nll", "tokens", "exact", "fits")}
+        return cls(**kept, report=report)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         return len(self.score)

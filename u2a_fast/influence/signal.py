@@ -12,6 +12,7 @@ from u2a_fast.data.packing import Example
 from u2a_fast.influence.objectives import Objective
 from u2a_fast.influence.routes import directional_derivatives
 from u2a_fast.influence.scorer import InfluenceScorer
+from u2a_fast.models.memory import TokenBudget
 from u2a_fast.statistics import bootstrap_interval, spearman
 
 __all__ = ["SignalReport", "check_rows", "signal_check"]
@@ -50,7 +51,11 @@ def _dot(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> float:
 
 
 def _derivatives(
-    scorer: InfluenceScorer, directions: list[dict[str, Tensor]], examples: Sequence[Example], reduction: str
+    scorer: InfluenceScorer,
+    directions: list[dict[str, Tensor]],
+    examples: Sequence[Example],
+    reduction: str,
+    budget: TokenBudget,
 ) -> Tensor:
     """<direction_k, grad NLL_i>, (K, B) float64 on the host, in the scorer's precision and batches."""
     found = directional_derivatives(
@@ -58,16 +63,19 @@ def _derivatives(
         examples,
         directions,
         reduction=reduction,
-        token_budget=scorer.token_budget,
+        token_budget=budget,
         dtype=scorer.dtype,
     )
     return found.double().cpu()
 
 
-def _row_derivatives(scorer: InfluenceScorer, half: Objective, direction: dict[str, Tensor]) -> np.ndarray:
+def _row_derivatives(
+    scorer: InfluenceScorer, half: Objective, direction: dict[str, Tensor], budget: TokenBudget | None = None
+) -> np.ndarray:
     """<direction, grad of row loss> for every row of ``half``; their mean is <direction, grad of half>."""
-    coefficients = half.coefficients(half.logprobs(scorer.model, token_budget=scorer.token_budget)).double().cpu()
-    nll = _derivatives(scorer, [direction], half.sequences(), half.reduction)[0]
+    budget = budget or scorer.budget
+    coefficients = half.coefficients(half.logprobs(scorer.model, token_budget=budget)).double().cpu()
+    nll = _derivatives(scorer, [direction], half.sequences(), half.reduction, budget)[0]
     return -(coefficients * nll.view_as(coefficients)).sum(1).numpy()
 
 
@@ -95,10 +103,12 @@ def signal_check(scorer: InfluenceScorer, negatives: Sequence[Example], *, seed:
         ValueError: the preference set has fewer than 4 rows, too few for halves with a spread.
     """
     check_rows(scorer.objective.rows)
-    objective = scorer.objective.prepare(scorer.model, token_budget=scorer.token_budget)
+    # What is found here is forgotten, so that a resumed run, which skips this check, finds what the first run found.
+    budget = scorer.budget.apart()
+    objective = scorer.objective.prepare(scorer.model, token_budget=budget)
     halves = objective.split(0.5, seed)
-    gradients = [half.gradient(scorer.model, scorer.names, token_budget=scorer.token_budget) for half in halves]
-    across = [_row_derivatives(scorer, halves[0], gradients[1]), _row_derivatives(scorer, halves[1], gradients[0])]
+    gradients = [half.gradient(scorer.model, scorer.names, token_budget=budget) for half in halves]
+    across = [_row_derivatives(scorer, halves[i], gradients[1 - i], budget) for i in (0, 1)]
     norm = float(np.sqrt(_dot(gradients[0], gradients[0]) * _dot(gradients[1], gradients[1])))
     cosine = _dot(gradients[0], gradients[1]) / norm if norm > 0 else float("nan")
     error = float(np.sqrt(sum(rows.var(ddof=1) / len(rows) for rows in across))) / norm if norm > 0 else float("nan")
@@ -106,7 +116,8 @@ def signal_check(scorer: InfluenceScorer, negatives: Sequence[Example], *, seed:
 
     with scorer.curvature_of(negatives):
         directions = [scorer.solve(gradient) for gradient in gradients]
-    scores = _derivatives(scorer, directions, negatives, scorer.reduction).numpy()
+    scores = _derivatives(scorer, directions, negatives, scorer.reduction, budget).numpy()
+    scores = scores[:, ~np.isnan(scores).all(axis=0)]  # without those that do not fit in memory
     generalizes = cosine - margin > 0
     return SignalReport(
         cosine=cosine,
@@ -114,7 +125,7 @@ def signal_check(scorer: InfluenceScorer, negatives: Sequence[Example], *, seed:
         spearman=spearman(scores[0], scores[1]),
         spearman_ci=bootstrap_interval(spearman, scores[0], scores[1], seed=seed),
         pairs=len(objective.rows),
-        negatives=len(negatives),
+        negatives=scores.shape[1],
         generalizes=generalizes,
         warning=None if generalizes else _warning(cosine, margin, len(objective.rows)),
     )

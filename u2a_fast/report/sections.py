@@ -99,9 +99,17 @@ def _scores(found: Artifacts) -> Section | None:
     score, kinds = found.scores["score"], found.kinds
     section = Section("Scores")
     bad = int((~np.isfinite(score)).sum())
-    if bad:
+    fits = found.scores.get("fits")
+    unfit = 0 if fits is None else int((~fits).sum())
+    if unfit:
         section.notices.append(
-            Notice(f"{bad} of {len(score)} scores are NaN or infinite; they are left as they are and not drawn.")
+            Notice(f"{unfit} of {len(score)} negatives have no score (NaN): they do not fit in memory even alone.")
+        )
+    if bad > unfit:
+        section.notices.append(
+            Notice(
+                f"{bad - unfit} of {len(score)} scores are NaN or infinite; they are left as they are and not drawn."
+            )
         )
     if bad < len(score):
         section.figures = [

@@ -41,6 +41,7 @@ class Selection:
         weight: (n) unlearning weights of mean 1.
         dropped_nonfinite: negatives left out because their score is NaN or infinite.
         dropped_approximate: negatives left out because their score is an approximation and others' are exact.
+        dropped_unfit: negatives left out because they have no score: they did not fit in memory even alone.
         temper: factor on the log-weights that the floor of the effective sample size asked for (1: none).
     """
 
@@ -51,6 +52,7 @@ class Selection:
     dropped_nonfinite: int = 0
     temper: float = 1.0
     dropped_approximate: int = 0
+    dropped_unfit: int = 0
 
     def __len__(self) -> int:
         return len(self.index)
@@ -131,6 +133,12 @@ def _comparable(scores: ScoreTable, count: int, approximate: str) -> np.ndarray:
     return np.flatnonzero(exact)
 
 
+def _fitting(scores: ScoreTable, positions: np.ndarray) -> np.ndarray:
+    """Which of the positions have a score, as far as memory goes, (m) bool."""
+    fits = getattr(scores, "fits", None)
+    return np.ones(len(positions), dtype=bool) if fits is None else np.asarray(fits, dtype=bool)[positions]
+
+
 def select(
     scores: ScoreTable,
     *,
@@ -151,7 +159,8 @@ def select(
 
     Args:
         scores: table with ``id``, ``score`` (gain, positive: unlearning helps) and ``tokens``; where it has ``exact``,
-            False marks approximations.
+            False marks approximations, and where it has ``fits``, False marks those that did not fit in memory even
+            alone. They have no score, are left out whatever ``nonfinite`` says, and counted.
         strategy: ``"top-k"`` (the k highest positive gains), ``"threshold"`` (gains above ``threshold``), ``"budget"``
             (high total gain within ``token_budget`` scored tokens, from positive gains, greedy by gain per token) or
             ``"as-released"`` (the k highest, positive or not: the public U2A release).
@@ -178,7 +187,8 @@ def select(
     if approximate not in ("drop", "keep"):
         raise ValueError(f'[select] expected approximate "drop" or "keep", got {approximate!r}')
     score = np.asarray(scores.score, dtype=np.float64)
-    usable = _comparable(scores, len(score), approximate)
+    comparable = _comparable(scores, len(score), approximate)
+    usable = comparable[_fitting(scores, comparable)]
     finite = usable[np.isfinite(score[usable])]
     dropped = len(usable) - len(finite)
     if dropped and nonfinite == "error":
@@ -192,7 +202,20 @@ def select(
         raise ValueError(f"[select] expected tokens >= 1 for every negative, got {tokens.min()}")
     index = finite[_choose(score[finite], tokens, strategy, k, threshold, token_budget)]
     if not len(index):
-        raise ValueError(f"[select] none of {len(usable)} negatives qualifies: no gain is large enough, or none fits")
-    left_out = len(score) - len(usable)
+        unfit = len(comparable) - len(usable)
+        more = f" ({unfit} more have no score: they did not fit in memory)" if unfit else ""
+        raise ValueError(
+            f"[select] none of {len(usable)} negatives qualifies: no gain is large enough, or none fits{more}"
+        )
+    left_out = len(score) - len(comparable)
     update = _weigh(score[index], weights, eta, transform, clip, min_ess, cap)
-    return Selection(index, np.asarray(scores.id)[index], score[index], update.weight, dropped, update.temper, left_out)
+    return Selection(
+        index,
+        np.asarray(scores.id)[index],
+        score[index],
+        update.weight,
+        dropped,
+        update.temper,
+        left_out,
+        len(comparable) - len(usable),
+    )

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from u2a_fast.store.budget import read_budget, write_budget
 from u2a_fast.store.files import read_json, write_atomically, write_text
 from u2a_fast.store.scores import check_target, claim_parts, read_part
 
@@ -52,6 +53,15 @@ class Journal:
         self._parts = self._out / "parts"
         self._claimed = False
         self._asked: Counter[str] = Counter()
+        self._budget: dict[str, int] = {}
+
+    def follow(self, budget: dict[str, int]) -> None:
+        """Take up the tokens a batch that an interrupted run found to fit, and keep what this one finds.
+
+        ``budget``: by kind of loop; it is written to, and read before every window is.
+        """
+        self._budget = budget
+        budget.update(read_budget(self._parts))
 
     def rows(
         self, stage: str, positions: np.ndarray, compute: Callable[[], Mapping[str, np.ndarray]]
@@ -93,6 +103,7 @@ class Journal:
         if not self._claimed:
             claim_parts(self._out, self._fingerprint, self.window)
             self._claimed = True
+        write_budget(self._parts, self._budget)
 
 
 def _slug(name: str) -> str:

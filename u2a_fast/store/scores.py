@@ -7,8 +7,8 @@ window. At the end the parts become ``<out>/scores.parquet`` and the folder goes
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from itertools import islice
@@ -19,6 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from u2a_fast.data.packing import longest_examples
+from u2a_fast.store.budget import read_budget, write_budget
 from u2a_fast.store.files import read_json, write_atomically, write_text
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
 
 _REQUIRED = pa.schema([("id", pa.string()), ("score", pa.float64()), ("nll", pa.float64()), ("tokens", pa.int64())])
 SCHEMA = _REQUIRED.append(pa.field("exact", pa.bool_()))
+UNFIT_SCHEMA = SCHEMA.append(pa.field("fits", pa.bool_()))  # of files with a negative that does not fit in memory
 NONFINITE_SHOWN = 20
 CALIBRATION = 256  # at least as many as a scorer fits its curvature to
 
@@ -44,7 +47,11 @@ Finish = Callable[["ScoreSummary"], object]
 
 
 class Scorer(Protocol):
-    """What is asked of a scorer: arrays id, score, nll, tokens, exact and a report for token examples."""
+    """What is asked of a scorer: arrays id, score, nll, tokens, exact and a report for token examples.
+
+    One with a ``budget`` (``TokenBudget``) and a method ``preflight`` is asked to find its budget before the first
+    window, on the longest negatives of all where these are known.
+    """
 
     def score(self, negatives: Any) -> Any: ...
 
@@ -56,9 +63,11 @@ class ScoreSummary:
     path: Path
     rows: int
     nonfinite: int
-    nonfinite_ids: tuple[str, ...]  # the first ones
+    nonfinite_ids: tuple[str, ...]  # the first ones that have a score
     resumed_rows: int
     report: Any = None  # of the last scores that were made
+    unfit: int = 0  # of the nonfinite, those that do not fit in memory even alone
+    token_budget: Mapping[str, int] = field(default_factory=dict)  # most tokens a batch by kind of loop, as found
 
 
 def check_target(out_dir: Path | str, fingerprint: Mapping[str, Any], *, window: int = 2048) -> None:
@@ -123,6 +132,8 @@ def score_to_parquet(
         _clear(out)
     check_target(out, fingerprint or {}, window=window)
     parts = claim_parts(out, fingerprint or {}, window)
+    budget: dict[str, int] = getattr(getattr(scorer, "budget", None), "found", {})
+    budget.update(read_budget(parts))
     report = on_progress or _no_progress
     done = finished = _finished_rows(parts)
     report(done, total)
@@ -135,11 +146,14 @@ def score_to_parquet(
                 # A scorer may fit its curvature to the first negatives that it sees: let it see them again.
                 made = scorer.score(rows[:CALIBRATION])
             continue
+        if index == 0 and total is not None and total > window and hasattr(scorer, "preflight"):
+            scorer.preflight(_longest(negatives), rows)
         made = scorer.score(rows)
+        write_budget(parts, budget)
         _write_part(part, made, rows)
         done += len(rows)
         report(done, total)
-    return _merge(out, finished, getattr(made, "report", None), before_rename)
+    return _merge(out, finished, getattr(made, "report", None), dict(budget), before_rename)
 
 
 def write_scores(
@@ -150,9 +164,9 @@ def write_scores(
     ``before_rename`` is called as in ``score_to_parquet``.
     """
     table = _table(scores, [str(i) for i in scores.id])
-    bad = _nonfinite(table)
-    shown = tuple(str(scores.id[int(i)]) for i in bad[:NONFINITE_SHOWN])
-    summary = ScoreSummary(path, len(scores), len(bad), shown, resumed_rows, scores.report)
+    bad, shown = _nonfinite(table), tuple(_scored_nonfinite_ids(table)[:NONFINITE_SHOWN])
+    budget = getattr(scores.report, "token_budget", {})
+    summary = ScoreSummary(path, len(scores), len(bad), shown, resumed_rows, scores.report, _unfit(table), budget)
     finish = None if before_rename is None else partial(before_rename, summary)
     write_atomically(path, lambda temporary: pq.write_table(table, temporary), before_rename=finish)
     return summary
@@ -161,10 +175,10 @@ def write_scores(
 def read_scores(path: Path | str) -> dict[str, np.ndarray]:
     """The columns of a scores file as arrays. ``path`` is the file or the folder that holds ``scores.parquet``.
 
-    Without a column ``exact``, all scores are.
+    Without a column ``exact``, all scores are; without ``fits``, all negatives fit in memory.
     """
-    columns = read_table(path, "scores.parquet", _REQUIRED, optional=SCHEMA)
-    return {"exact": np.ones(len(columns["id"]), dtype=bool)} | columns
+    columns = read_table(path, "scores.parquet", _REQUIRED, optional=UNFIT_SCHEMA)
+    return {name: np.ones(len(columns["id"]), dtype=bool) for name in ("exact", "fits")} | columns
 
 
 def read_table(
@@ -243,8 +257,16 @@ def _finished_rows(parts: Path) -> int:
 
 def read_part(path: Path, **options: Any) -> pa.Table:
     """A finished window; ValueError, with the file's name and the way out, where it is damaged."""
+    return _undamaged(path, lambda: pq.read_table(path, **options))
+
+
+def _has_fits(part: Path) -> bool:
+    return "fits" in _undamaged(part, lambda: pq.read_schema(part)).names
+
+
+def _undamaged(path: Path, read: Callable[[], Any]) -> Any:
     try:
-        return pq.read_table(path, **options)
+        return read()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
             f"[score] expected a finished window, got {path}: {error}; without this file its window is scored again"
@@ -278,7 +300,31 @@ def _table(scores: Any, ids: list[str]) -> pa.Table:
         pa.array(np.asarray(scores.tokens, dtype=np.int64)),
         pa.array(np.asarray(scores.exact, dtype=bool)),
     ]
-    return pa.table(columns, schema=SCHEMA)
+    fits = np.asarray(getattr(scores, "fits", True), dtype=bool)
+    if fits.all():
+        return pa.table(columns, schema=SCHEMA)
+    return pa.table([*columns, pa.array(fits)], schema=UNFIT_SCHEMA)
+
+
+def _fits(table: pa.Table) -> np.ndarray:
+    rows = np.ones(table.num_rows, dtype=bool)
+    return table.column("fits").to_numpy() if "fits" in table.column_names else rows
+
+
+def _unfit(table: pa.Table) -> int:
+    return int((~_fits(table)).sum())
+
+
+def _scored_nonfinite_ids(table: pa.Table) -> list[str]:
+    """Ids of the rows that fit in memory and still have a NaN or infinite score or NLL."""
+    fits, ids = _fits(table), table.column("id")
+    return [ids[int(i)].as_py() for i in _nonfinite(table) if fits[i]]
+
+
+def _longest(negatives: Any) -> list[Mapping[str, Any]]:
+    """The longest negatives: those that the source knows, or all where they are in memory."""
+    known = getattr(negatives, "longest", None)
+    return longest_examples(negatives) if known is None and isinstance(negatives, Sequence) else list(known or ())
 
 
 def _nonfinite(table: pa.Table) -> np.ndarray:
@@ -287,26 +333,32 @@ def _nonfinite(table: pa.Table) -> np.ndarray:
     return np.flatnonzero(~finite)
 
 
-def _merge(out: Path, resumed_rows: int, report: Any, before_rename: Finish | None) -> ScoreSummary:
+def _merge(
+    out: Path, resumed_rows: int, report: Any, budget: Mapping[str, int], before_rename: Finish | None
+) -> ScoreSummary:
     parts = _part_files(out / "parts")
     if not parts:
         shutil.rmtree(out / "parts")
         raise ValueError("[score] expected at least one negative, got none")
-    rows, nonfinite = 0, 0
+    rows, nonfinite, unfit = 0, 0, 0
     ids: list[str] = []
+    with_fits = {part for part in parts if _has_fits(part)}
 
     def write(temporary: Path) -> None:
-        nonlocal rows, nonfinite
-        with pq.ParquetWriter(temporary, SCHEMA) as writer:
+        nonlocal rows, nonfinite, unfit
+        with pq.ParquetWriter(temporary, UNFIT_SCHEMA if with_fits else SCHEMA) as writer:
             for part in parts:
-                table = read_part(part, schema=SCHEMA)
+                table = read_part(part, schema=UNFIT_SCHEMA if part in with_fits else SCHEMA)
+                if with_fits and part not in with_fits:
+                    table = table.append_column("fits", pa.array(_fits(table)))
                 writer.write_table(table)
                 bad = _nonfinite(table)
-                rows, nonfinite = rows + table.num_rows, nonfinite + len(bad)
-                ids.extend(table.column("id")[int(i)].as_py() for i in bad[: NONFINITE_SHOWN - len(ids)])
+                rows, nonfinite, unfit = rows + table.num_rows, nonfinite + len(bad), unfit + _unfit(table)
+                ids.extend(_scored_nonfinite_ids(table)[: NONFINITE_SHOWN - len(ids)])
 
     def summary() -> ScoreSummary:
-        return ScoreSummary(out / "scores.parquet", rows, nonfinite, tuple(ids), resumed_rows, report)
+        path = out / "scores.parquet"
+        return ScoreSummary(path, rows, nonfinite, tuple(ids), resumed_rows, report, unfit, budget)
 
     write_atomically(out / "scores.parquet", write, before_rename=lambda: before_rename and before_rename(summary()))
     shutil.rmtree(out / "parts")

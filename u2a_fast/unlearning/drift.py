@@ -8,6 +8,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from u2a_fast.data.packing import Example
+from u2a_fast.influence.derivatives import as_budget
 from u2a_fast.unlearning.measure import nlls
 
 __all__ = ["DriftGuard"]
@@ -33,10 +34,11 @@ class DriftGuard(TrainerCallback):
     ) -> None:
         self.examples, self.reduction = list(examples), reduction
         self.max_drift, self.every = max_drift, every
+        self._budget = as_budget(None, next(model.parameters()).device)  # what fits at the start fits later
         self.start = self._mean_nll(model)
 
     def _mean_nll(self, model: nn.Module) -> float:
-        return nlls(model, self.examples, reduction=self.reduction).mean().item()
+        return nlls(model, self.examples, reduction=self.reduction, token_budget=self._budget).mean().item()
 
     def _looks(self, state: TrainerState) -> list[tuple[int, float]]:
         """Step and rise of every look so far, the start first."""

@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from u2a_fast.data.packing import Example
+from u2a_fast.influence.derivatives import as_budget
 from u2a_fast.influence.objectives import Objective
 from u2a_fast.influence.scorer import InfluenceScorer, Scores
 from u2a_fast.selection import Selection, exponentiated_gradient, released_exponentiated_gradient, select
@@ -78,11 +79,13 @@ class _Loop:
     ) -> None:
         self.model, self.negatives, self.config, self.out = model, negatives, config, out
         self.retain, self.on_progress = retain, on_progress
-        objective.prepare(model, token_budget=config.token_budget_per_batch)
+        # one budget for all rounds: what does not fit in the first will not in the next
+        self.budget = as_budget(config.token_budget_per_batch, next(model.parameters()).device)
+        objective.prepare(model, token_budget=self.budget)
         if heldout is None:
             objective, heldout = objective.split(config.heldout_fraction, config.seed)
         self.objective = objective
-        self.heldout = heldout.prepare(model, token_budget=config.token_budget_per_batch)
+        self.heldout = heldout.prepare(model, token_budget=self.budget)
         self.original = ParameterSnapshot(model)
         self.scorer = InfluenceScorer(
             model,
@@ -93,7 +96,7 @@ class _Loop:
             npo_beta=config.unlearn.npo_beta,
             reduction=config.unlearn.reduction,
             damping=config.damping,
-            token_budget=config.token_budget_per_batch,
+            token_budget=self.budget,
         )
         if iter(negatives) is negatives:
             raise TypeError("[align] expected negatives that can be iterated more than once, got an iterator")
@@ -128,10 +131,9 @@ class _Loop:
             self.on_progress(number, stage, done, total)
 
     def preference_losses(self) -> dict[str, float]:
-        budget = self.config.token_budget_per_batch
         losses = {
-            "preference_loss_train": self.objective.value(self.model, token_budget=budget),
-            "preference_loss_heldout": self.heldout.value(self.model, token_budget=budget),
+            "preference_loss_train": self.objective.value(self.model, token_budget=self.budget),
+            "preference_loss_heldout": self.heldout.value(self.model, token_budget=self.budget),
         }
         if not all(map(math.isfinite, losses.values())):
             raise FloatingPointError(f"[align] expected finite preference losses, got {losses}")
@@ -140,7 +142,8 @@ class _Loop:
     def mean_nll(self, examples: Sequence[Example]) -> float | None:
         if not examples:
             return None
-        return nlls(self.model, examples, reduction=self.config.unlearn.reduction).mean().item()
+        found = nlls(self.model, examples, reduction=self.config.unlearn.reduction, token_budget=self.budget)
+        return found.mean().item()
 
     def measure(self, chosen: Sequence[Example]) -> dict[str, float | None]:
         """Preference losses and mean NLLs (nats) of the chosen negatives, of a sample of all, and of positives."""
@@ -161,7 +164,7 @@ class _Loop:
             parts.append(self.scorer.score(window, nll_reference=reference))
             done += len(window)
             self.report(number, "score", done, self.count)
-        columns = ("id", "score", "nll", "tokens", "exact")
+        columns = ("id", "score", "nll", "tokens", "exact", "fits")
         return Scores.from_columns({name: np.concatenate([getattr(p, name) for p in parts]) for name in columns})
 
     def nll_reference(self) -> np.ndarray | None:
@@ -170,9 +173,10 @@ class _Loop:
 
     def has_gain(self, scores: Scores) -> bool:
         """Whether any negative is worth unlearning, as far as ``select`` is not the one to say so."""
-        if self.config.strategy == "as-released" or not np.isfinite(scores.score).all():
-            return True
-        return bool((scores.score > (self.config.threshold or 0.0)).any())
+        score = scores.score[scores.fits]  # select leaves the others out
+        if self.config.strategy == "as-released" or not np.isfinite(score).all():
+            return len(score) > 0
+        return bool((score > (self.config.threshold or 0.0)).any())
 
     def choose(self, scores: Scores, number: int) -> Selection:
         """Select, and step the weights on from those of the round before (1 for negatives that are new)."""

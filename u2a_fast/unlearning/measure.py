@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from u2a_fast.data.packing import Example, batched
-from u2a_fast.influence.derivatives import resolve_token_budget
+from u2a_fast.influence.derivatives import as_budget
 from u2a_fast.models.decoder import sequence_logprobs
+from u2a_fast.models.memory import Room, TokenBudget
 from u2a_fast.unlearning.snapshot import ParameterSnapshot, without_dropout
 
 __all__ = ["example_of", "nlls", "sample_positions"]
@@ -21,16 +22,32 @@ def example_of(row: Mapping[str, Any]) -> Example:
 
 
 def nlls(
-    model: nn.Module, examples: Sequence[Example], *, reduction: str, reference: ParameterSnapshot | None = None
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    reduction: str,
+    reference: ParameterSnapshot | None = None,
+    token_budget: TokenBudget | None = None,
 ) -> Tensor:
-    """NLL of every example, (B) float64 on the CPU, in nats, without dropout; at ``reference`` where one is given."""
-    out = torch.empty(len(examples), dtype=torch.float64)
-    budget = resolve_token_budget(None, next(model.parameters()).device)
+    """NLL of every example, (B) float64 on the CPU, in nats, without dropout; at ``reference`` where one is given.
+
+    NaN, with a warning, for an example that does not fit in memory even alone.
+    """
+    budget = as_budget(token_budget, next(model.parameters()).device)
+
+    def attempt(room: Room) -> Tensor:
+        out = torch.full((len(examples),), torch.nan, dtype=torch.float64)
+        plan = batched(examples, room.tokens)
+        for positions, found in room.each(
+            plan, lambda _, batch: sequence_logprobs(model, batch, reduction=reduction).double().cpu()
+        ):
+            if found is not None:
+                out[positions] = -found
+        return out
+
     swapped = nullcontext() if reference is None else reference.swapped_in(model)
     with swapped, without_dropout(model), torch.no_grad():
-        for positions, batch in batched(examples, budget):
-            out[positions] = -sequence_logprobs(model, batch, reduction=reduction).double().cpu()
-    return out
+        return budget.fit("log-probabilities", attempt)
 
 
 def sample_positions(count: int, size: int, seed: int) -> list[int]:
