@@ -46,7 +46,7 @@ Finish = Callable[["ScoreSummary"], object]
 class Scorer(Protocol):
     """What is asked of a scorer: arrays id, score, nll, tokens, exact and a report for token examples."""
 
-    def score(self, negatives: Any) -> Any: ...
+    def score(self, negatives: Any, **options: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,17 @@ def score_to_parquet(
     fingerprint: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     before_rename: Finish | None = None,
+    per_token: bool = False,
+    per_module: bool = False,
 ) -> ScoreSummary:
     """Score ``negatives`` in order into ``out_dir/scores.parquet`` (columns of ``SCHEMA``), resuming a broken-off run.
 
     The windows are the same in every run, so a resumed run writes the same bytes as an uninterrupted one. Memory is
     that of one window. NaN and infinite scores are kept and counted. ``on_progress(done, total)`` is called at the
     start and after each window; total is None for a stream. ``before_rename(summary)`` is called once all scores are
-    on disk, before the file is there: a run that is killed until then goes on where it was.
+    on disk, before the file is there: a run that is killed until then goes on where it was. ``per_token`` adds the
+    columns ``token_ids`` and ``token_scores`` (lists), ``per_module`` the column ``module_scores`` (a struct of the
+    modules' paths): shares of each score, as ``InfluenceScorer.score`` gives them. ``fingerprint`` should tell them.
     Raises FileExistsError as ``check_target`` does, unless ``overwrite``, which removes what was there, and where the
     finished windows hold other negatives than these; ValueError for a scorer whose rows depend on all negatives, and
     for a damaged window.
@@ -123,6 +127,7 @@ def score_to_parquet(
         _clear(out)
     check_target(out, fingerprint or {}, window=window)
     parts = claim_parts(out, fingerprint or {}, window)
+    shares = {name: True for name, wanted in (("per_token", per_token), ("per_module", per_module)) if wanted}
     report = on_progress or _no_progress
     done = finished = _finished_rows(parts)
     report(done, total)
@@ -135,7 +140,7 @@ def score_to_parquet(
                 # A scorer may fit its curvature to the first negatives that it sees: let it see them again.
                 made = scorer.score(rows[:CALIBRATION])
             continue
-        made = scorer.score(rows)
+        made = scorer.score(rows, **shares)
         _write_part(part, made, rows)
         done += len(rows)
         report(done, total)
@@ -278,7 +283,19 @@ def _table(scores: Any, ids: list[str]) -> pa.Table:
         pa.array(np.asarray(scores.tokens, dtype=np.int64)),
         pa.array(np.asarray(scores.exact, dtype=bool)),
     ]
-    return pa.table(columns, schema=SCHEMA)
+    return _with_shares(pa.table(columns, schema=SCHEMA), scores)
+
+
+def _with_shares(table: pa.Table, scores: Any) -> pa.Table:
+    """The table, with columns of the tokens' and the modules' shares where ``scores`` has them."""
+    if getattr(scores, "token_scores", None) is not None:
+        table = table.append_column("token_ids", pa.array(scores.token_ids, pa.list_(pa.int64())))
+        table = table.append_column("token_scores", pa.array(scores.token_scores, pa.list_(pa.float64())))
+    if getattr(scores, "module_scores", None) is not None:
+        parts = [pa.array(part) for part in scores.module_scores.values()]
+        shares = pa.StructArray.from_arrays(parts, names=list(scores.module_scores))
+        table = table.append_column("module_scores", shares)
+    return table
 
 
 def _nonfinite(table: pa.Table) -> np.ndarray:
@@ -297,9 +314,10 @@ def _merge(out: Path, resumed_rows: int, report: Any, before_rename: Finish | No
 
     def write(temporary: Path) -> None:
         nonlocal rows, nonfinite
-        with pq.ParquetWriter(temporary, SCHEMA) as writer:
+        schema = read_part(parts[0]).schema  # every part's: the manifest sees to it
+        with pq.ParquetWriter(temporary, schema) as writer:
             for part in parts:
-                table = read_part(part, schema=SCHEMA)
+                table = read_part(part, schema=schema)
                 writer.write_table(table)
                 bad = _nonfinite(table)
                 rows, nonfinite = rows + table.num_rows, nonfinite + len(bad)
