@@ -21,7 +21,7 @@ from u2a_fast.influence.lowrank import spectra, truncate
 from u2a_fast.influence.ranks import GRID, Profile, RankPlan, plan_ranks
 from u2a_fast.influence.routes import Choice, Pass, run_batches, run_parts
 from u2a_fast.influence.scores import Scores, ScoringReport
-from u2a_fast.influence.shares import score_with_shares
+from u2a_fast.influence.shares import EXACT_MODES, check_shares, score_with_shares
 from u2a_fast.influence.topk import (
     best,
     certify,
@@ -43,7 +43,6 @@ __all__ = [
     "Progress",
     "Run",
     "check_mode",
-    "check_shares",
     "plan",
     "score",
     "topk",
@@ -53,7 +52,6 @@ __all__ = [
 Progress = Callable[[str, int, int], None]  # stage, negatives done, of how many
 Keep = Callable[[np.ndarray, DerivativeBatch], None]  # positions (b) and their batch
 
-EXACT_MODES = ("auto", "forward", "reverse")
 MODES = (*EXACT_MODES, "lowrank", "shortlist", "layers")
 FRACTIONS = {"shortlist": 0.1, "layers": 0.5}  # where none is given
 PLAN_SAMPLE = 64  # negatives that ranks are planned on: as costly as scoring them twice
@@ -184,18 +182,12 @@ def check_mode(mode: str, fraction: float | None) -> None:
         raise ValueError(f"[InfluenceScorer] expected a fraction in (0, 1], got {fraction}")
 
 
-def check_shares(mode: str) -> None:
-    """Raise ValueError for a mode whose scores have no shares of tokens and modules."""
-    if mode not in EXACT_MODES:
-        raise ValueError(f"[InfluenceScorer] expected a mode out of {list(EXACT_MODES)} for shares, got {mode!r}")
-
-
 def score(
     run: Run, mode: str, *, rank: int, fraction: float | None, per_token: bool = False, per_module: bool = False
 ) -> Scores:
     """Every negative by ``mode``, a sample of them in float32 too where scores are made in 16 bits."""
     if per_token or per_module:
-        check_shares(mode)
+        check_shares(mode)  # before any work
     if mode == "lowrank":
         found = _low_rank(run, rank)
     elif mode == "shortlist":

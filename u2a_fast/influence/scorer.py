@@ -16,22 +16,12 @@ from u2a_fast.influence.derivatives import Approximate, DerivativePass, resolve_
 from u2a_fast.influence.forward import ForwardPass
 from u2a_fast.influence.index import GradientIndex
 from u2a_fast.influence.lowrank import check_rank, truncate
-from u2a_fast.influence.modes import (
-    EXACT_MODES,
-    Progress,
-    Run,
-    check_mode,
-    check_shares,
-    plan,
-    score,
-    topk,
-    topk_by_estimate,
-)
+from u2a_fast.influence.modes import EXACT_MODES, Progress, Run, check_mode, plan, score, topk, topk_by_estimate
 from u2a_fast.influence.objectives import Objective
 from u2a_fast.influence.ranks import RankPlan
 from u2a_fast.influence.routes import Choice, Pass, make_pass
 from u2a_fast.influence.scores import Scores, ScoringReport
-from u2a_fast.influence.shares import score_with_shares
+from u2a_fast.influence.shares import check_shares, score_with_shares
 from u2a_fast.losses import unlearning_slope
 from u2a_fast.models.parameters import selected_parameters
 from u2a_fast.store.journal import Journal
@@ -223,8 +213,7 @@ class InfluenceScorer:
             ValueError: the scorer's mode is not exact.
             NotImplementedError: the model does not run in forward mode.
         """
-        check_shares(self.mode)
-        found = score_with_shares(self._run(negatives, nll_reference), per_token=True, per_module=False)
+        found = self._shares(negatives, nll_reference, per_token=True)
         return [torch.from_numpy(row) for row in found.token_scores or ()]
 
     def module_scores(
@@ -245,9 +234,12 @@ class InfluenceScorer:
             ValueError: the scorer's mode is not exact.
             NotImplementedError: a selected module is not understood.
         """
-        check_shares(self.mode)
-        found = score_with_shares(self._run(negatives, nll_reference), per_token=False, per_module=True)
+        found = self._shares(negatives, nll_reference, per_module=True)
         return {path: torch.from_numpy(row) for path, row in (found.module_scores or {}).items()}
+
+    def _shares(self, negatives: Iterable[Example], nll_reference: Sequence[float] | None, **which: bool) -> Scores:
+        check_shares(self.mode)
+        return score_with_shares(self._run(negatives, nll_reference), **which)
 
     def topk(
         self,

@@ -15,7 +15,9 @@ from u2a_fast.influence.scores import Scores, ScoringReport
 if TYPE_CHECKING:
     from u2a_fast.influence.modes import Run
 
-__all__ = ["score_with_shares"]
+__all__ = ["EXACT_MODES", "check_shares", "score_with_shares"]
+
+EXACT_MODES = ("auto", "forward", "reverse")  # of a scorer
 
 
 @dataclass
@@ -70,7 +72,13 @@ def _scored_tokens(example: Example) -> np.ndarray:
     return np.array([int(x) for x, y in pairs if int(y) != IGNORE_INDEX], dtype=np.int64)
 
 
-def score_with_shares(run: "Run", *, per_token: bool, per_module: bool) -> Scores:
+def check_shares(mode: str) -> None:
+    """Raise ValueError for a mode whose scores have no shares of tokens and modules."""
+    if mode not in EXACT_MODES:
+        raise ValueError(f"[InfluenceScorer] expected a mode out of {list(EXACT_MODES)} for shares, got {mode!r}")
+
+
+def score_with_shares(run: "Run", *, per_token: bool = False, per_module: bool = False) -> Scores:
     """Every negative of a run exactly, with its tokens' and its modules' shares where they are asked for.
 
     The route that scores gives one kind of share for nothing; the scores' bits do not depend on what is asked for.

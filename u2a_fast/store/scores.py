@@ -46,7 +46,8 @@ Finish = Callable[["ScoreSummary"], object]
 class Scorer(Protocol):
     """What is asked of a scorer: arrays id, score, nll, tokens, exact and a report for token examples."""
 
-    def score(self, negatives: Any, **options: Any) -> Any: ...
+    @property
+    def score(self) -> Callable[..., Any]: ...
 
 
 @dataclass(frozen=True)
