@@ -6,6 +6,7 @@ import torch
 
 import u2a_fast
 from u2a_fast import DPO, InfluenceScorer
+from u2a_fast.influence import checks
 from u2a_fast.influence.derivatives import resolve_token_budget
 
 Rows = list[dict[str, list[int]]]
@@ -80,3 +81,29 @@ def test_the_budget_of_one_example_is_stated_once() -> None:
     cpu = torch.device("cpu")
     assert resolve_token_budget(4096, cpu, batch_invariant=True) == 1
     assert resolve_token_budget(4096, cpu) == 4096
+
+
+@pytest.mark.parametrize("mode", ["auto", "lowrank", "shortlist", "layers"])
+def test_its_cost_is_timed_and_changes_no_bit(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = tiny.build("llama").float(), tiny.examples(30)
+    rows = tiny.examples(4, seed=5)
+    pairs = [{"chosen": rows[i], "rejected": rows[i + 1]} for i in (0, 2)]
+
+    def make(invariant: bool = True) -> InfluenceScorer:
+        return InfluenceScorer(model, None, DPO(pairs), mode=mode, rank=2, batch_invariant=invariant)
+
+    timed = []
+    run_batches = checks.run_batches
+    monkeypatch.setattr(checks, "run_batches", lambda *a: timed.append((len(a[1]), a[2])) or run_batches(*a))
+    first = make()
+    found = first.score(batch)
+    assert found.report.batch_invariant_cost > 0 and "batch_invariant_cost" in found.report.to_dict()
+    assert timed == [(8, 1), (8, 2048)] * 3, "few negatives, both ways in turn"
+    assert first.score(batch).score.tolist() == found.score.tolist() and len(timed) == 6, "once a scorer"
+    assert make(False).score(batch).report.batch_invariant_cost is None and len(timed) == 6
+    monkeypatch.setattr(checks, "invariance_cost", lambda *_: 2.0)
+    untimed = make().score(batch)
+    assert untimed.score.tolist() == found.score.tolist() and untimed.report.batch_invariant_cost == 2.0
+    if mode == "auto":
+        assert make().score([]).report.batch_invariant_cost is None
+        assert make().topk(batch, 3).report.batch_invariant_cost == 2.0

@@ -512,6 +512,12 @@ def test_align(home, tmp_path):
     assert json.loads(run(*aligning(home, tmp_path / "a", "--overwrite", "--json")).stdout) == summary
 
 
+def test_align_says_how_16_bit_ranks_compare(home, tmp_path):
+    text = run(*aligning(home, tmp_path / "a", "--dtype", "bfloat16", "--rounds", 1, "--no-signal-check")).stdout
+    found = json.loads((tmp_path / "a" / "metrics.json").read_text())[0]["float32_spearman"]
+    assert f"float32 spearman: {found:.6g}\n" in text and 0 < found <= 1
+
+
 def test_killed_alignment_resumes_to_the_same_model(home, tmp_path):
     run(*aligning(home, tmp_path / "whole", "--epochs", 15))
     arguments = aligning(home, tmp_path / "killed", "--epochs", 15)

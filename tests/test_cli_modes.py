@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -564,3 +566,32 @@ def test_two_runs_do_not_share_a_folder(files, index, tmp_path):
     unlock()
     run(*building(files, out))
     assert "holds a run of 'index build'" in error_line(run(*scoring(files, out, "--top-k", 2), code=2))
+
+
+def test_shares_of_tokens_and_modules(files, exact, tmp_path):
+    run(*scoring(files, tmp_path / "out", "--per-token", "--per-module", "--window", 100))
+    table = pq.read_table(tmp_path / "out" / "scores.parquet")
+    rows = table.to_pylist()
+    np.testing.assert_allclose([sum(row["token_scores"]) for row in rows], exact["score"], rtol=1e-4)
+    np.testing.assert_allclose([sum(row["module_scores"].values()) for row in rows], exact["score"], rtol=1e-3)
+    assert all(len(row["token_ids"]) == row["tokens"] for row in rows)
+    run("select", "--scores", tmp_path / "out", "--k", 3, "--out", tmp_path / "s")
+    assert read_selection(tmp_path / "s")["id"].tolist() == best_of(exact, 3)
+    for options, words in [
+        (["--per-token", "--mode", "lowrank"], "with --per-token, got 'lowrank'"),
+        (["--per-module", "--top-k", 3], "with --per-module, got --top-k"),
+    ]:
+        assert words in error_line(run(*scoring(files, tmp_path / "no", *options), code=2))
+        assert not (tmp_path / "no").exists()
+
+
+def test_what_runs_measure_of_themselves_is_printed(files, index, tmp_path):
+    text = run(*scoring(files, tmp_path / "a", "--mode", "layers", "--batch-invariant")).stdout
+    assert re.search(r"^scoring layers: [01](, 1)?$", text, re.MULTILINE)
+    assert re.search(r"^scoring batch invariant cost: \d", text, re.MULTILINE)
+    text = run(*asking(files, index, tmp_path / "b", "--dtype", "bfloat16")).stdout
+    assert re.search(r"^scoring float32 spearman: (0\.9|1$)", text, re.MULTILINE)
+    lines = (files / "negatives.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_text("".join(lines[:4]))
+    few = ["--negatives", tmp_path / "few.jsonl", "--dtype", "bfloat16"]
+    assert "scoring note: fewer than 8 negatives" in run(*scoring(files, tmp_path / "c", *few)).stdout

@@ -15,6 +15,7 @@ from u2a_fast.influence import projections as module
 from u2a_fast.influence.derivatives import DerivativePass
 from u2a_fast.influence.projections import BASES, PROJECTIONS, Projections, Projector
 from u2a_fast.models import projection
+from u2a_fast.models.memory import TokenBudget
 from u2a_fast.models.projection import SecondMoments, Sketch, TwoSided, two_sided
 from u2a_fast.sketch import sketch_map
 
@@ -73,7 +74,7 @@ def projector_of(model, batch, kind: str, dim: int, folder: Path) -> Projector:
     passes = DerivativePass(model, [])
     passes.decoder.materialize_head()
     projections = Projections(passes.decoder, dict(model.named_parameters()), kind, dim, 5)
-    projector = Projector(passes, projections, 40)
+    projector = Projector(passes, projections, TokenBudget(40), None)
     folder.mkdir()
     projector.settle(folder, batch[:6])
     return projector

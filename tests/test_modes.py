@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import u2a_fast
-from u2a_fast.influence import lowrank, modes
+from u2a_fast.influence import checks, lowrank, modes
 from u2a_fast.influence.derivatives import DerivativePass
 from u2a_fast.influence.layers import choose_layers
 from u2a_fast.influence.ranks import Profile, RankPlan, exact_units, plan_ranks
@@ -327,7 +327,7 @@ class Ranking:
         monkeypatch.setattr(modes, "run_batches", counted)
         monkeypatch.setattr(modes, "_profiles", profiled)
         monkeypatch.setattr(modes, "plan_ranks", planned)
-        monkeypatch.setattr(modes, "FLOAT32_SHARE", 4)  # a sample of more than one window
+        monkeypatch.setattr(checks, "FLOAT32_SHARE", 4)  # a sample of more than one window
 
     def tell(self, stage: str, done: int, total: int) -> None:
         self.told.append((stage, done, total))
@@ -429,17 +429,30 @@ def test_16_bit_scores_are_held_against_float32_on_a_sample() -> None:
     assert (first.route, first.mode) == ("forward", "exact") and "one direction" in str(first.reason)
     assert half.score(negatives(9)).report.float32_spearman == first.float32_spearman, "measured once"
     assert scorer().score(negatives(9)).report.float32_spearman is None
-    assert scorer(dtype=torch.bfloat16).score(negatives(3)).report.float32_spearman is None, "too few to rank"
+    few = scorer(dtype=torch.bfloat16).score(negatives(3)).report
+    assert few.float32_spearman is None and "fewer than 8 negatives" in str(few.note)
+
+
+@pytest.mark.parametrize("k", [2, 20])
+def test_16_bit_rankings_are_held_against_float32_too(tmp_path, k: int) -> None:
+    half, batch = scorer(dtype=torch.bfloat16), negatives(60)
+    index = u2a_fast.GradientIndex.build(half.model, batch, tmp_path, dim=64, parameters="all")
+    for found in (half.topk(batch, k, certified=False), half.topk_by_index(batch, index, k)):
+        assert found.report.float32_spearman is not None and 0.9 < found.report.float32_spearman <= 1
+        assert len(found) == k and found.report.note is None
+    few = half.topk(batch[:5], 2, certified=False).report
+    assert few.float32_spearman is None and "fewer than 8 negatives" in str(few.note)
+    assert scorer().topk(batch, k, certified=False).report.float32_spearman is None
 
 
 def test_no_memory_for_float32_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     half = scorer(dtype=torch.bfloat16)
     evaluate = modes.Run.evaluate
 
-    def small(self: modes.Run, passes, positions=None, *stage):
+    def small(self: modes.Run, passes, positions=None, *stage, **rest):
         if passes.dtype == torch.float32:
             raise torch.OutOfMemoryError("full")
-        return evaluate(self, passes, positions, *stage)
+        return evaluate(self, passes, positions, *stage, **rest)
 
     monkeypatch.setattr(modes.Run, "evaluate", small)
     found = half.score(negatives(9))

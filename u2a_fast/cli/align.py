@@ -91,6 +91,7 @@ def _rounds() -> Iterator[Callable[[int, str, int, int | None], None]]:
 
 def _result(result: AlignResult) -> dict[str, Any]:
     losses = [row["preference_loss_heldout"] for row in result.rounds]
+    compared = [row["float32_spearman"] for row in result.rounds if "float32_spearman" in row]
     return {
         "model": str(result.model_dir),
         "rounds": len(result.rounds),
@@ -98,4 +99,5 @@ def _result(result: AlignResult) -> dict[str, Any]:
         "stopped": result.stopped,
         "heldout_loss_before": result.rounds[0]["preference_loss_heldout_before"] if losses else None,
         "heldout_loss": losses,
+        **({"float32_spearman": compared} if compared else {}),
     }

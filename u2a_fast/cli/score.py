@@ -55,6 +55,11 @@ SCORING: o.Group = {
         o.option(bool, "Bits that do not depend on what is scored beside: one example at a time.", "--batch-invariant"),
         False,
     ),
+    "per_token": (
+        o.option(bool, "Every scored token's share of its score too; columns token_ids, token_scores.", "--per-token"),
+        False,
+    ),
+    "per_module": (o.option(bool, "Every module's share too; column module_scores.", "--per-module"), False),
     "window": (o.option(int, "Negatives between two checkpoints.", min=1), 2048),
     "explain": (
         o.option(bool, "Print the route, why, and what it does in every module; write nothing.", "--explain"),
@@ -84,6 +89,11 @@ def score(context: typer.Context) -> None:
 def _check_options(p: Mapping[str, Any]) -> None:
     if p["top_k"] is not None and p["mode"] not in EXACT_MODES:
         raise ValueError(f"[score] expected --mode out of {list(EXACT_MODES)} with --top-k, got {str(p['mode'])!r}")
+    for name in ("per_token", "per_module"):
+        if p[name] and (p["mode"] not in EXACT_MODES or p["top_k"] is not None):
+            got = "--top-k" if p["top_k"] is not None else repr(str(p["mode"]))
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"[score] expected --mode out of {list(EXACT_MODES)} with {option}, got {got}")
 
 
 def _score(run: ScoringRun, p: Mapping[str, Any]) -> ScoreSummary:
@@ -102,4 +112,6 @@ def _score(run: ScoringRun, p: Mapping[str, Any]) -> ScoreSummary:
             fingerprint=run.fingerprint,
             overwrite=p["overwrite"],
             before_rename=run.finish,
+            per_token=p["per_token"],
+            per_module=p["per_module"],
         )

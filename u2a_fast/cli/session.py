@@ -39,6 +39,7 @@ __all__ = [
 REQUIRED = inspect.Parameter.empty  # the default of an option that must be given
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 USER_ERROR = 2
+SHORT_LIST = 64  # items that are printed, the chosen blocks of a large model for one; JSON and files have all
 OUTSIDE = (SafetensorError, torch.OutOfMemoryError, MemoryError)  # a full disk, a full device, a full machine
 NOT_RECORDED = {"config", "json_output", "debug", "overwrite", "explain"}
 COLUMN_OPTIONS = {"columns", "objective_columns"}
@@ -181,7 +182,7 @@ def note(text: str) -> None:
 
 
 def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
-    """The outcome on stdout: one JSON object, or a line for each single value and each interval in it."""
+    """The outcome on stdout: one JSON object, or a line for each single value, interval and short list in it."""
     if as_json:
         print(json.dumps(_strict(result), ensure_ascii=False, allow_nan=False))
         return
@@ -191,7 +192,13 @@ def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
         elif name.endswith("_interval"):
             print(f"{name.replace('_', ' ')}: {', '.join(f'{end:.6g}' for end in value)}")
         elif not isinstance(value, (list, tuple)):
-            print(f"{name.replace('_', ' ')}: {f'{value:.6g}' if isinstance(value, float) else value}")
+            print(f"{name.replace('_', ' ')}: {_in_words(value)}")
+        elif 0 < len(value) <= SHORT_LIST and not any(isinstance(item, (list, tuple, Mapping)) for item in value):
+            print(f"{name.replace('_', ' ')}: {', '.join(map(_in_words, value))}")
+
+
+def _in_words(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def write_skipped(out: Path, *sources: Negatives | Rows) -> None:

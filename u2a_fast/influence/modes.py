@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from u2a_fast.data.packing import Example
+from u2a_fast.influence.checks import LEAST_RANKED, checked, ranked
 from u2a_fast.influence.derivatives import Approximate, DerivativeBatch, DerivativePass
 from u2a_fast.influence.layers import choose_layers, keep_layers
 from u2a_fast.influence.lowrank import truncate
@@ -22,6 +23,7 @@ from u2a_fast.influence.profiles import profile_ranks
 from u2a_fast.influence.ranks import Profile, RankPlan, exact_units, plan_ranks
 from u2a_fast.influence.routes import Choice, Pass, preflight, run_batches, run_parts
 from u2a_fast.influence.scores import Scores, ScoringReport
+from u2a_fast.influence.shares import EXACT_MODES, check_shares, score_with_shares
 from u2a_fast.influence.topk import (
     best,
     certify,
@@ -30,7 +32,7 @@ from u2a_fast.influence.topk import (
     shortlist_positions,
     unlisted_sample,
 )
-from u2a_fast.models.memory import Room, TokenBudget, is_out_of_memory
+from u2a_fast.models.memory import Room, TokenBudget
 from u2a_fast.statistics import spearman
 from u2a_fast.store.journal import Journal
 
@@ -50,14 +52,12 @@ __all__ = [
 ]
 
 Progress = Callable[[str, int, int], None]  # stage, negatives done, of how many
+Keep = Callable[[np.ndarray, DerivativeBatch], None]  # positions (b) and their batch
 
-EXACT_MODES = ("auto", "forward", "reverse")
 MODES = (*EXACT_MODES, "lowrank", "shortlist", "layers")
 FRACTIONS = {"shortlist": 0.1, "layers": 0.5}  # where none is given
 PLAN_SAMPLE = 64  # negatives that ranks are planned on: as costly as scoring them twice
 LAYER_SAMPLE = 128  # negatives, the first ones, so that a resumed run chooses the same layers
-LEAST_RANKED = 8  # negatives from which on a rank correlation says something
-FLOAT32_SHARE = 20  # of the negatives at most, where there are many: a float32 score costs four of 16 bits
 NO_PLAN = 4  # below this many samples of negatives, planning costs more than it can save
 
 
@@ -87,6 +87,8 @@ class Run:
         budget: most tokens a batch, kept by the scorer from call to call.
         memo: what later calls of the same scorer use again.
         float32: its exact pass in float32, where it scores in 16 bits.
+        forward: its exact pass by the forward route.
+        batched_budget: most tokens a batch were it not batch-invariant; None where it is not.
         on_progress: called after every batch.
         journal: keeps what is evaluated, a window of negatives at a time; batches are then planned within a window, so
             that they do not depend on where a run was interrupted.
@@ -99,20 +101,28 @@ class Run:
     budget: TokenBudget
     memo: dict[Any, Any]
     float32: Callable[[], Pass] | None = None
+    forward: Callable[[], Pass] | None = None
+    batched_budget: int | None = None
     on_progress: Progress | None = None
     journal: Journal | None = None
 
     def evaluate(
-        self, passes: Pass, positions: np.ndarray | None = None, stage: str = "exact pass", *, before: int = 0
+        self,
+        passes: Pass,
+        positions: np.ndarray | None = None,
+        stage: str = "exact pass",
+        *,
+        before: int = 0,
+        keep: Keep | None = None,
     ) -> Rows:
         """Rows of the negatives at ``positions``, all by default, in that order.
 
-        ``before``: how many the stage has seen, for its progress.
+        ``before``: how many the stage has seen, for its progress. ``keep`` sees every batch, without a journal.
         """
         positions = np.arange(len(self.items)) if positions is None else positions
         tell = partial(self._tell, stage, before + len(positions))
         if self.journal is None:
-            return Rows(**self._columns(passes, positions, before, tell))
+            return Rows(**self._columns(passes, positions, before, tell, keep))
         windows = []
         for at in range(0, max(len(positions), 1), self.journal.window):
             some = positions[at : at + self.journal.window]
@@ -125,7 +135,12 @@ class Run:
             self.on_progress(stage, done, total)
 
     def _columns(
-        self, passes: Pass, positions: np.ndarray, done: int, tell: Callable[[int], None]
+        self,
+        passes: Pass,
+        positions: np.ndarray,
+        done: int,
+        tell: Callable[[int], None],
+        keep: Keep | None = None,
     ) -> dict[str, np.ndarray]:
         """The columns of ``Rows``, by name; ``tell`` hears of every batch, counted from ``done``."""
         n, items = len(positions), [self.items[int(i)] for i in positions]
@@ -134,6 +149,8 @@ class Run:
             # Results stay where they are until all are there: waiting for each would leave a GPU idle in between.
             found, seen = [], done
             for at, out in run_batches(passes, items, room):
+                if keep is not None:
+                    keep(positions[at], out)
                 found.append((at, replace(out, parts={}, by_token=None)))
                 seen += len(at)
                 tell(seen)
@@ -182,8 +199,12 @@ def check_mode(mode: str, fraction: float | None) -> None:
         raise ValueError(f"[InfluenceScorer] expected a fraction in (0, 1], got {fraction}")
 
 
-def score(run: Run, mode: str, *, rank: int, fraction: float | None) -> Scores:
+def score(
+    run: Run, mode: str, *, rank: int, fraction: float | None, per_token: bool = False, per_module: bool = False
+) -> Scores:
     """Every negative by ``mode``, a sample of them in float32 too where scores are made in 16 bits."""
+    if per_token or per_module:
+        check_shares(mode)  # before any work
     if mode == "lowrank":
         found = _low_rank(run, rank)
     elif mode == "shortlist":
@@ -191,12 +212,15 @@ def score(run: Run, mode: str, *, rank: int, fraction: float | None) -> Scores:
     elif mode == "layers":
         found = _layers(run, fraction or FRACTIONS[mode])
     else:
-        found = _exact(run)
-    if run.float32 is None:
-        return found
-    assert found.report is not None
-    against = _against_float32(run, found.score, found.fits)
-    return replace(found, report=replace(found.report, token_budget=dict(run.budget.found), **against))
+        found = score_with_shares(run, per_token=per_token, per_module=per_module)
+    return checked(
+        run,
+        found,
+        _pass_over_all(run, mode, rank, fraction),
+        np.arange(len(run.items)),
+        lambda sample: found.score[sample],
+        once=True,
+    )
 
 
 def probe(run: Run, mode: str, rank: int) -> None:
@@ -207,32 +231,15 @@ def probe(run: Run, mode: str, rank: int) -> None:
         preflight(passes, run.items, run.budget)
 
 
-def _exact(run: Run) -> Scores:
-    n, (passes, choice) = len(run.items), run.exact()
-    report = ScoringReport("exact", n, **_route(choice))
-    return run.scores(run.evaluate(passes), np.ones(n, dtype=bool), report)
+def _pass_over_all(run: Run, mode: str, rank: int, fraction: float | None) -> Pass:
+    """What ``score`` ran all negatives through."""
+    if mode in ("lowrank", "shortlist"):
+        return _low_rank_pass(run, rank)
+    return run.memo[mode, fraction or FRACTIONS[mode]][1] if mode == "layers" else run.exact()[0]
 
 
 def _route(choice: Choice) -> dict[str, Any]:
     return {"route": choice.mode, "reason": choice.reason}
-
-
-def _against_float32(run: Run, scores: np.ndarray, fits: np.ndarray) -> dict[str, Any]:
-    """The report's ``float32_spearman``, measured once a scorer, or a note that memory did not allow it."""
-    n = len(run.items)
-    if "float32" not in run.memo and n >= LEAST_RANKED:
-        assert run.float32 is not None
-        size = min(n, max(LEAST_RANKED, min(PLAN_SAMPLE, n // FLOAT32_SHARE)))
-        sample = np.sort(np.random.default_rng(0).choice(n, size, replace=False))
-        try:
-            wide = run.evaluate(run.float32(), sample, "float32 sample")
-            both = wide.fits & fits[sample]
-            run.memo["float32"] = {"float32_spearman": spearman(scores[sample][both], wide.score[both])}
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            run.memo["float32"] = {"note": "no sample was scored in float32: it did not fit in memory"}
-    return run.memo.get("float32", {})
 
 
 def _low_rank_pass(run: Run, ranks: int) -> DerivativePass:
@@ -303,17 +310,18 @@ def topk(run: Run, k: int, *, rank: int | None, certified: bool) -> Scores:
         rows = run.evaluate(run.exact()[0])
         note = "the bound would leave too many to rescore: all were scored exactly"
         report = ScoringReport("topk", n, rescored=n, **_route(run.exact()[1]), certified=True, note=note)
-        return run.scores(rows, np.ones(n, dtype=bool), report, best(rows.score, k))
+        found = run.scores(rows, np.ones(n, dtype=bool), report, best(rows.score, k))
+        return ranked(run, found, run.exact()[0], rows, np.arange(n))
     ranks = planned.ranks if planned is not None else (rank or 16)
     passes = run.make(partial(truncate, ranks=ranks, bounded=certified))
     rows = run.evaluate(passes, stage="low-rank pass")
     bound = rows.bound if rows.bound is not None else np.zeros(n)
-    rescored = 0
+    rescored = np.empty(0, dtype=np.int64)
 
     def exact(positions: np.ndarray) -> np.ndarray:
         nonlocal rescored
-        rescored += len(positions)
-        return run.rescore(rows, positions, before=rescored - len(positions))
+        before, rescored = len(rescored), np.concatenate([rescored, positions])
+        return run.rescore(rows, positions, before=before)
 
     if certified:
         order, _ = certify(rows.score.copy(), bound, exact, k)
@@ -323,8 +331,9 @@ def topk(run: Run, k: int, *, rank: int | None, certified: bool) -> Scores:
         order = candidates[best(rows.score[candidates], k)]
     uniform = ranks if isinstance(ranks, int) else None
     made = {**_route(run.exact()[1]), "rank": uniform, "certified": certified, **_energy(passes)}
-    report = ScoringReport("topk", n, rescored=rescored, **made)
-    return run.scores(rows, np.ones(n, dtype=bool), report, order)
+    report = ScoringReport("topk", n, rescored=len(rescored), **made)
+    found = run.scores(rows, np.ones(n, dtype=bool), report, order)
+    return ranked(run, found, passes, rows, rescored)
 
 
 def topk_by_estimate(run: Run, estimates: np.ndarray, k: int, *, candidates: int, coverage: float) -> Scores:
@@ -353,7 +362,8 @@ def topk_by_estimate(run: Run, estimates: np.ndarray, k: int, *, candidates: int
         spearman=_agreement(estimates, rows, sampled) if len(sampled) >= LEAST_RANKED else None,
     )
     positions = np.sort(positions)  # equal scores in the order given
-    return run.scores(rows, np.ones(n, dtype=bool), report, positions[best(rows.score[positions], k)])
+    kept = run.scores(rows, np.ones(n, dtype=bool), report, positions[best(rows.score[positions], k)])
+    return ranked(run, kept, passes, rows, positions)
 
 
 def plan(run: Run, k: int) -> RankPlan:

@@ -44,6 +44,8 @@ class BatchPass(Protocol):
 class Pass(BatchPass, Protocol):
     """What every route offers: directions prepared once (``ForwardPass``, ``DerivativePass``)."""
 
+    reduction: str
+
     def explain(self) -> dict[str, str]: ...
 
 

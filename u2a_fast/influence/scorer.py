@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from u2a_fast.curvature.diagonal import Curvature, DiagonalFisher, Identity, check_damping
 from u2a_fast.data.packing import Example
 from u2a_fast.influence.derivatives import Approximate, DerivativePass, as_budget
+from u2a_fast.influence.forward import ForwardPass
 from u2a_fast.influence.index import GradientIndex
 from u2a_fast.influence.lowrank import check_rank, truncate
 from u2a_fast.influence.modes import EXACT_MODES, Progress, Run, check_mode, plan, probe, score, topk, topk_by_estimate
@@ -21,6 +22,7 @@ from u2a_fast.influence.objectives import Objective
 from u2a_fast.influence.ranks import RankPlan
 from u2a_fast.influence.routes import Choice, Pass, make_pass
 from u2a_fast.influence.scores import Scores, ScoringReport
+from u2a_fast.influence.shares import check_shares, score_with_shares
 from u2a_fast.losses import unlearning_slope
 from u2a_fast.models.memory import TokenBudget
 from u2a_fast.models.parameters import selected_parameters
@@ -58,7 +60,8 @@ class InfluenceScorer:
         fraction: of the negatives that ``"shortlist"`` scores exactly (default 0.1), or of the cost beyond a forward
             pass that ``"layers"`` may spend (default 0.5).
         batch_invariant: scores of the same bits whatever is scored beside them, as in ``directional_derivatives``; the
-            direction too is made one example at a time.
+            direction too is made one example at a time. What that costs is timed on a few negatives, alone and in
+            batches, and stands in the scores' ``report`` (``batch_invariant_cost``).
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class InfluenceScorer:
         self.mode, self.rank, self.fraction = mode, rank, fraction
         device = next(model.parameters()).device
         self.budget = as_budget(token_budget, device, batch_invariant=batch_invariant)
+        self._batched_budget = as_budget(token_budget, device).start if batch_invariant else None
         self._curvature = curvature
         self._solver: Curvature | None = Identity() if curvature == "identity" else None
         self._direction: dict[str, Tensor] | None = None
@@ -171,6 +175,8 @@ class InfluenceScorer:
         nll_reference: Sequence[float] | None = None,
         on_progress: Progress | None = None,
         journal: Journal | None = None,
+        per_token: bool = False,
+        per_module: bool = False,
     ) -> Scores:
         """Score every negative.
 
@@ -181,13 +187,68 @@ class InfluenceScorer:
             on_progress: called with (stage, negatives done, of how many) after every batch.
             journal: keeps finished windows on disk, so that the same call after an interruption goes on behind them and
                 ends in the same bits (``store.Journal``).
+            per_token: with ``Scores.token_scores``, as the method gives them; nothing extra by the forward route.
+            per_module: with ``Scores.module_scores``; nothing extra by the reverse route. Neither changes a score.
 
         Returns:
             ``Scores`` in the order given; a score that is not finite is kept as it is and counted in ``nonfinite``. A
             negative that does not fit in memory even alone gets NaN, with a warning (``fits``).
+
+        Raises:
+            ValueError: shares are asked for of a mode that is not exact, or with a journal, which does not keep them.
+            NotImplementedError: ``per_token``, and the model does not run in forward mode.
         """
+        if journal is not None and (per_token or per_module):
+            raise ValueError("[InfluenceScorer] expected no journal with shares: it does not keep them")
         run = self._run(negatives, nll_reference, on_progress, journal)
-        return score(run, self.mode, rank=self.rank, fraction=self.fraction)
+        shares = {"per_token": per_token, "per_module": per_module}
+        return score(run, self.mode, rank=self.rank, fraction=self.fraction, **shares)
+
+    def token_scores(
+        self, negatives: Iterable[Example], *, nll_reference: Sequence[float] | None = None
+    ) -> list[Tensor]:
+        """Every scored token's share of its negative's score: which tokens make it worth unlearning.
+
+        With p_t the model's probability of scored token t of T_i, the share is phi'(NLL_i) <v, grad -log p_t>, over T_i
+        where the scorer's reduction is ``"mean"``. A negative's shares sum to its score, to rounding.
+
+        Args:
+            negatives, nll_reference: as for ``score``.
+
+        Returns:
+            n float64 tensors on the CPU, (T_i) each, in the order of the example's labels; NaN stays NaN.
+
+        Raises:
+            ValueError: the scorer's mode is not exact.
+            NotImplementedError: the model does not run in forward mode.
+        """
+        found = self._shares(negatives, nll_reference, per_token=True)
+        return [torch.from_numpy(row) for row in found.token_scores or ()]
+
+    def module_scores(
+        self, negatives: Iterable[Example], *, nll_reference: Sequence[float] | None = None
+    ) -> dict[str, Tensor]:
+        """Every module's share of the scores: phi'(NLL_i) times the inner product over the parameters it holds itself.
+
+        The modules' shares of a negative sum to its score, to rounding. A tied embedding has two, its use as an
+        embedding and the LM head's.
+
+        Args:
+            negatives, nll_reference: as for ``score``.
+
+        Returns:
+            (n) float64 on the CPU by module path, the LM head last; NaN stays NaN.
+
+        Raises:
+            ValueError: the scorer's mode is not exact.
+            NotImplementedError: a selected module is not understood.
+        """
+        found = self._shares(negatives, nll_reference, per_module=True)
+        return {path: torch.from_numpy(row) for path, row in (found.module_scores or {}).items()}
+
+    def _shares(self, negatives: Iterable[Example], nll_reference: Sequence[float] | None, **which: bool) -> Scores:
+        check_shares(self.mode)
+        return score_with_shares(self._run(negatives, nll_reference), **which)
 
     def preflight(self, longest: Sequence[Example], first: Sequence[Example]) -> None:
         """Find out how large a batch of ``score`` may be, before the first of several calls.
@@ -318,6 +379,8 @@ class InfluenceScorer:
             self.budget,
             self._memo,
             self._float32_pass(),
+            self._forward_pass,
+            self._batched_budget,
             on_progress,
             journal,
         )
@@ -329,6 +392,13 @@ class InfluenceScorer:
                 self.model, [self.direction()], mode=mode, reduction=self.reduction, dtype=self.dtype
             )
         return self._memo["exact"]
+
+    def _forward_pass(self) -> Pass:
+        if "forward" not in self._memo:
+            self._memo["forward"] = ForwardPass(
+                self.model, [self.direction()], reduction=self.reduction, dtype=self.dtype
+            )
+        return self._memo["forward"]
 
     def _float32_pass(self) -> Callable[[], Pass] | None:
         """What 16-bit scores are held against."""

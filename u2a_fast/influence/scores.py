@@ -1,6 +1,6 @@
 """What scoring gives: one row a negative, and how the rows were made."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,8 +26,10 @@ class ScoringReport:
         layers: blocks that count, from 0.
         share: squared correlation of the scores with the exact ones on a sample (``"layers"``).
         spearman: rank correlation of approximate with exact scores on a random sample.
-        float32_spearman: rank correlation of 16-bit scores with float32 scores on a random sample of the negatives that
-            this scorer scored first.
+        float32_spearman: rank correlation of 16-bit scores with float32 scores on a random sample: of the negatives
+            that this scorer scored first, or of those that a ranking (``"topk"``, ``"index"``) scored exactly.
+        batch_invariant_cost: how many times as long scoring took one example at a time as in batches, timed on a few of
+            the negatives that this scorer scored first (``batch_invariant`` alone).
         token_budget: most tokens a batch, as found to fit in memory, by kind of loop.
         unfit: negatives without a score, because they do not fit in memory even alone; None: all fit.
         note: what else the user should know.
@@ -49,6 +51,7 @@ class ScoringReport:
     share: float | None = None
     spearman: float | None = None
     float32_spearman: float | None = None
+    batch_invariant_cost: float | None = field(default=None, compare=False)  # a time: no two runs have the same
     token_budget: Mapping[str, int] = field(default_factory=dict)
     unfit: int | None = None
     note: str | None = None
@@ -73,6 +76,10 @@ class Scores:
         fits: False where there is no score, NaN, because the negative does not fit in memory even alone; None at
             construction means that all fit.
         report: how the scores were made; None where they were read from a file.
+        token_scores: every scored token's share of its negative's score, (T_i) float64 a negative, and token_ids: the
+            tokens' ids; None where they were not asked for (``InfluenceScorer.token_scores``).
+        module_scores: every module's share of the scores, (n) float64 by its path; None where they were not asked for
+            (``InfluenceScorer.module_scores``).
     """
 
     id: np.ndarray
@@ -82,6 +89,9 @@ class Scores:
     exact: np.ndarray = None  # type: ignore[assignment]
     report: ScoringReport | None = None
     fits: np.ndarray = None  # type: ignore[assignment]
+    token_scores: Sequence[np.ndarray] | None = None
+    token_ids: Sequence[np.ndarray] | None = None
+    module_scores: Mapping[str, np.ndarray] | None = None
 
     def __post_init__(self) -> None:
         if self.fits is None:

@@ -53,7 +53,8 @@ class Scorer(Protocol):
     window, on the longest negatives of all where these are known.
     """
 
-    def score(self, negatives: Any) -> Any: ...
+    @property
+    def score(self) -> Callable[..., Any]: ...
 
 
 @dataclass(frozen=True)
@@ -108,13 +109,17 @@ def score_to_parquet(
     fingerprint: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     before_rename: Finish | None = None,
+    per_token: bool = False,
+    per_module: bool = False,
 ) -> ScoreSummary:
     """Score ``negatives`` in order into ``out_dir/scores.parquet`` (columns of ``SCHEMA``), resuming a broken-off run.
 
     The windows are the same in every run, so a resumed run writes the same bytes as an uninterrupted one. Memory is
     that of one window. NaN and infinite scores are kept and counted. ``on_progress(done, total)`` is called at the
     start and after each window; total is None for a stream. ``before_rename(summary)`` is called once all scores are
-    on disk, before the file is there: a run that is killed until then goes on where it was.
+    on disk, before the file is there: a run that is killed until then goes on where it was. ``per_token`` adds the
+    columns ``token_ids`` and ``token_scores`` (lists), ``per_module`` the column ``module_scores`` (a struct of the
+    modules' paths): shares of each score, as ``InfluenceScorer.score`` gives them. ``fingerprint`` should tell them.
     Raises FileExistsError as ``check_target`` does, unless ``overwrite``, which removes what was there, and where the
     finished windows hold other negatives than these; ValueError for a scorer whose rows depend on all negatives, and
     for a damaged window.
@@ -134,6 +139,7 @@ def score_to_parquet(
     parts = claim_parts(out, fingerprint or {}, window)
     budget: dict[str, int] = getattr(getattr(scorer, "budget", None), "found", {})
     budget.update(read_budget(parts))
+    shares = {name: True for name, wanted in (("per_token", per_token), ("per_module", per_module)) if wanted}
     report = on_progress or _no_progress
     done = finished = _finished_rows(parts)
     report(done, total)
@@ -148,7 +154,7 @@ def score_to_parquet(
             continue
         if index == 0 and total is not None and total > window and hasattr(scorer, "preflight"):
             scorer.preflight(_longest(negatives), rows)
-        made = scorer.score(rows)
+        made = scorer.score(rows, **shares)
         write_budget(parts, budget)
         _write_part(part, made, rows)
         done += len(rows)
@@ -260,8 +266,15 @@ def read_part(path: Path, **options: Any) -> pa.Table:
     return _undamaged(path, lambda: pq.read_table(path, **options))
 
 
-def _has_fits(part: Path) -> bool:
-    return "fits" in _undamaged(part, lambda: pq.read_schema(part)).names
+def _schema(part: Path) -> pa.Schema:
+    return _undamaged(part, lambda: pq.read_schema(part))
+
+
+def _with_column(schema: pa.Schema, fits: bool) -> pa.Schema:
+    """``schema`` with the column ``fits`` behind those of every run, or without it."""
+    others = [field for field in schema if field.name != "fits"]
+    column = [UNFIT_SCHEMA.field("fits")] if fits else []
+    return pa.schema([*others[: len(SCHEMA)], *column, *others[len(SCHEMA) :]])
 
 
 def _undamaged(path: Path, read: Callable[[], Any]) -> Any:
@@ -302,8 +315,8 @@ def _table(scores: Any, ids: list[str]) -> pa.Table:
     ]
     fits = np.asarray(getattr(scores, "fits", True), dtype=bool)
     if fits.all():
-        return pa.table(columns, schema=SCHEMA)
-    return pa.table([*columns, pa.array(fits)], schema=UNFIT_SCHEMA)
+        return _with_shares(pa.table(columns, schema=SCHEMA), scores)
+    return _with_shares(pa.table([*columns, pa.array(fits)], schema=UNFIT_SCHEMA), scores)
 
 
 def _fits(table: pa.Table) -> np.ndarray:
@@ -327,6 +340,18 @@ def _longest(negatives: Any) -> list[Mapping[str, Any]]:
     return longest_examples(negatives) if known is None and isinstance(negatives, Sequence) else list(known or ())
 
 
+def _with_shares(table: pa.Table, scores: Any) -> pa.Table:
+    """The table, with columns of the tokens' and the modules' shares where ``scores`` has them."""
+    if getattr(scores, "token_scores", None) is not None:
+        table = table.append_column("token_ids", pa.array(scores.token_ids, pa.list_(pa.int64())))
+        table = table.append_column("token_scores", pa.array(scores.token_scores, pa.list_(pa.float64())))
+    if getattr(scores, "module_scores", None) is not None:
+        parts = [pa.array(part) for part in scores.module_scores.values()]
+        shares = pa.StructArray.from_arrays(parts, names=list(scores.module_scores))
+        table = table.append_column("module_scores", shares)
+    return table
+
+
 def _nonfinite(table: pa.Table) -> np.ndarray:
     """Positions of rows whose score or NLL is NaN or infinite."""
     finite = np.isfinite(table.column("score").to_numpy()) & np.isfinite(table.column("nll").to_numpy())
@@ -342,15 +367,17 @@ def _merge(
         raise ValueError("[score] expected at least one negative, got none")
     rows, nonfinite, unfit = 0, 0, 0
     ids: list[str] = []
-    with_fits = {part for part in parts if _has_fits(part)}
+    with_fits = {part for part in parts if "fits" in _schema(part).names}
 
     def write(temporary: Path) -> None:
         nonlocal rows, nonfinite, unfit
-        with pq.ParquetWriter(temporary, UNFIT_SCHEMA if with_fits else SCHEMA) as writer:
+        # But for that column every part has the same: the manifest sees to it.
+        schema = _with_column(_schema(parts[0]), bool(with_fits))
+        with pq.ParquetWriter(temporary, schema) as writer:
             for part in parts:
-                table = read_part(part, schema=UNFIT_SCHEMA if part in with_fits else SCHEMA)
+                table = read_part(part, schema=_with_column(schema, part in with_fits))
                 if with_fits and part not in with_fits:
-                    table = table.append_column("fits", pa.array(_fits(table)))
+                    table = table.append_column("fits", pa.array(_fits(table))).select(schema.names)
                 writer.write_table(table)
                 bad = _nonfinite(table)
                 rows, nonfinite, unfit = rows + table.num_rows, nonfinite + len(bad), unfit + _unfit(table)

@@ -165,7 +165,8 @@ class _Loop:
             done += len(window)
             self.report(number, "score", done, self.count)
         columns = ("id", "score", "nll", "tokens", "exact", "fits")
-        return Scores.from_columns({name: np.concatenate([getattr(p, name) for p in parts]) for name in columns})
+        columns_of_all = {name: np.concatenate([getattr(p, name) for p in parts]) for name in columns}
+        return Scores.from_columns(columns_of_all, parts[-1].report)
 
     def nll_reference(self) -> np.ndarray | None:
         """NLL (n) of all negatives at theta_0, where round 0 was scored; None where the loss has no use for it."""
@@ -245,11 +246,18 @@ class _Loop:
             "effective_sample_size": selection.effective_sample_size,
             "temper": selection.temper,
             "nonfinite": scores.nonfinite,
+            **_against_float32(scores),
             "predicted_gain_rate": float(selection.score @ selection.weight) / len(selection),
             **self.unlearn(number, selection),
         }
         files.finish(self.model, metrics)
         return metrics
+
+
+def _against_float32(scores: Scores) -> dict[str, Any]:
+    """What the report says of 16-bit scores; nothing of wider ones."""
+    found = scores.report.float32_spearman if scores.report is not None else None
+    return {} if found is None else {"float32_spearman": found}
 
 
 def _best(rounds: Sequence[Mapping[str, Any]]) -> int:
