@@ -94,7 +94,7 @@ def test_its_cost_is_timed_and_changes_no_bit(mode: str, monkeypatch: pytest.Mon
 
     timed = []
     run_batches = checks.run_batches
-    monkeypatch.setattr(checks, "run_batches", lambda *a: timed.append((len(a[1]), a[2])) or run_batches(*a))
+    monkeypatch.setattr(checks, "run_batches", lambda *a: timed.append((len(a[1]), a[2].tokens)) or run_batches(*a))
     first = make()
     found = first.score(batch)
     assert found.report.batch_invariant_cost > 0 and "batch_invariant_cost" in found.report.to_dict()

@@ -115,4 +115,4 @@ def test_shares_are_written_with_their_windows_and_resume(tmp_path: Path) -> Non
         [sum(row["module_scores"].values()) for row in rows], [row["score"] for row in rows], rtol=1e-4, atol=1e-6
     )
     assert "lm_head" in rows[0]["module_scores"] and len(rows[0]["token_ids"]) == rows[0]["tokens"]
-    assert set(read_scores(out)) == {"id", "score", "nll", "tokens", "exact"}
+    assert set(read_scores(out)) == {"id", "score", "nll", "tokens", "exact", "fits"}

@@ -1,5 +1,6 @@
 """What a run measures of itself on a few of its own negatives: 16 bits against float32, the price of equal bits."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import median
@@ -69,7 +70,8 @@ def invariance_cost(passes: BatchPass, items: Sequence[Example], alone: TokenBud
     first = int(np.random.default_rng(0).integers(n - size + 1))
     some = items[first : first + size]
     ratios = []
-    with passes.running():
+    with passes.running(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of memory, which the scores themselves have met or will
         for _ in range(TIMED_ROUNDS):
             one_by_one, batched = (_seconds(passes, some, budget) for budget in (alone, together))
             ratios.append(one_by_one / batched)

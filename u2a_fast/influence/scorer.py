@@ -23,6 +23,7 @@ from u2a_fast.influence.ranks import RankPlan
 from u2a_fast.influence.routes import Choice, Pass, make_pass
 from u2a_fast.influence.scores import Scores, ScoringReport
 from u2a_fast.influence.shares import check_shares, score_with_shares
+from u2a_fast.influence.topk import check_certifiable, check_k
 from u2a_fast.losses import unlearning_slope
 from u2a_fast.models.memory import TokenBudget
 from u2a_fast.models.parameters import selected_parameters
@@ -96,6 +97,7 @@ class InfluenceScorer:
         self.names = list(selected_parameters(model, parameters))
         self.loss, self.npo_beta, self.reduction = loss, npo_beta, reduction
         self.damping, self.dtype = damping, dtype
+        self._precision: dict[str, Any] = {"reduction": reduction, "dtype": dtype}
         self.mode, self.rank, self.fraction = mode, rank, fraction
         device = next(model.parameters()).device
         self.budget = as_budget(token_budget, device, batch_invariant=batch_invariant)
@@ -279,12 +281,11 @@ class InfluenceScorer:
         model's own passes may swap, as they may between any two runs that batch them differently.
 
         Args:
-            negatives: as for ``score``.
+            negatives, nll_reference, on_progress, journal: as for ``score``.
             k: how many, at least 1; all of them, sorted, where there are not more.
             certified: False: no bound; the best 2k by low-rank score are scored exactly.
             rank: of every matrix; None: planned by cost from a sample (16 without a certificate), which scores all
                 exactly where the bound is too loose to save anything.
-            nll_reference, on_progress, journal: as for ``score``.
 
         Returns:
             min(k, n) exact scores; ``report.rescored`` says how many took an exact pass.
@@ -303,15 +304,10 @@ class InfluenceScorer:
 
     def check_topk(self, k: int, *, certified: bool = True, rank: int | None = None) -> None:
         """Raise ValueError as ``topk`` would, before any work."""
-        if k < 1:
-            raise ValueError(f"[topk] expected k of at least 1, got {k}")
+        check_k(k)
         check_rank(1 if rank is None else rank)
-        dtype = self.dtype or next(p.dtype for p in self.model.parameters() if p.is_floating_point())
-        if certified and dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"[topk] expected float32 or float64 for a certificate, got {dtype}: pass dtype=torch.float32 to the "
-                "scorer, or certified=False"
-            )
+        if certified:
+            check_certifiable(self.dtype or next(p.dtype for p in self.model.parameters() if p.is_floating_point()))
 
     def topk_by_index(
         self,
@@ -341,10 +337,7 @@ class InfluenceScorer:
         Raises:
             ValueError: k or candidates is out of its range, or the index holds other examples or another reduction.
         """
-        if k < 1:
-            raise ValueError(f"[topk] expected k of at least 1, got {k}")
-        if candidates is not None and candidates < k:
-            raise ValueError(f"[topk] expected at least as many candidates as k = {k}, got {candidates}")
+        check_k(k, candidates)
         items = list(negatives)
         index.check(items, self.reduction)
         run = self._run(items, None, on_progress, journal)
@@ -388,16 +381,12 @@ class InfluenceScorer:
     def _exact_pass(self) -> tuple[Pass, Choice]:
         if "exact" not in self._memo:
             mode = self.mode if self.mode in EXACT_MODES else "auto"
-            self._memo["exact"] = make_pass(
-                self.model, [self.direction()], mode=mode, reduction=self.reduction, dtype=self.dtype
-            )
+            self._memo["exact"] = make_pass(self.model, [self.direction()], mode=mode, **self._precision)
         return self._memo["exact"]
 
     def _forward_pass(self) -> Pass:
         if "forward" not in self._memo:
-            self._memo["forward"] = ForwardPass(
-                self.model, [self.direction()], reduction=self.reduction, dtype=self.dtype
-            )
+            self._memo["forward"] = ForwardPass(self.model, [self.direction()], **self._precision)
         return self._memo["forward"]
 
     def _float32_pass(self) -> Callable[[], Pass] | None:
@@ -408,6 +397,4 @@ class InfluenceScorer:
         return lambda: make_pass(self.model, [self.direction()], reduction=self.reduction, dtype=torch.float32)[0]
 
     def _reverse_pass(self, approximate: Approximate | None) -> DerivativePass:
-        return DerivativePass(
-            self.model, [self.direction()], reduction=self.reduction, dtype=self.dtype, approximate=approximate
-        )
+        return DerivativePass(self.model, [self.direction()], approximate=approximate, **self._precision)

@@ -5,11 +5,14 @@ from math import ceil, sqrt
 from statistics import NormalDist
 
 import numpy as np
+import torch
 
 __all__ = [
     "Exact",
     "best",
     "certify",
+    "check_certifiable",
+    "check_k",
     "listed_positions",
     "recall_of_shortlist",
     "shortlist_positions",
@@ -20,6 +23,23 @@ Exact = Callable[[np.ndarray], np.ndarray]  # positions (m) -> exact scores (m)
 
 _CHUNK = 64  # negatives rescored at a time, enough to fill a batch
 _SAMPLE = 256  # negatives outside of the shortlist that recall is measured on, at least
+
+
+def check_k(k: int, candidates: int | None = None) -> None:
+    """Raise ValueError for a k below 1, or fewer candidates than that."""
+    if k < 1:
+        raise ValueError(f"[topk] expected k of at least 1, got {k}")
+    if candidates is not None and candidates < k:
+        raise ValueError(f"[topk] expected at least as many candidates as k = {k}, got {candidates}")
+
+
+def check_certifiable(dtype: torch.dtype) -> None:
+    """Raise ValueError for a precision whose rounding no bound covers."""
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"[topk] expected float32 or float64 for a certificate, got {dtype}: pass dtype=torch.float32 to the "
+            "scorer, or certified=False"
+        )
 
 
 def best(scores: np.ndarray, k: int) -> np.ndarray:
