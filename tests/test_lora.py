@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import u2a_fast
+from u2a_fast.influence.routes import make_pass
 from u2a_fast.models.lora import short_lora
 
 
@@ -69,3 +70,12 @@ def test_derivatives_along_an_adapter_are_exact(mode: str) -> None:
     v = {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in named}
     got = u2a_fast.directional_derivatives(model, batch, v, mode=mode)
     torch.testing.assert_close(got, tiny.per_example(model, batch, v), rtol=2e-5, atol=1e-8)
+
+
+def test_the_reason_of_a_route_names_the_adapter() -> None:
+    model = _adapted()
+    v = {name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad}
+    assert "LoRA's own directions" in make_pass(model, [v])[1].reason
+    assert "LoRA's own directions" in make_pass(model, [v, v])[1].reason
+    beside = v | {"base_model.model.model.norm.weight": torch.zeros(32)}
+    assert "LoRA" not in make_pass(model, [beside])[1].reason

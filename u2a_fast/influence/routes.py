@@ -75,6 +75,9 @@ def make_pass(
     if mode not in MODES:
         raise ValueError(f"[mode] expected one of {list(MODES)}, got {mode!r}")
     count = len(directions)
+    names = [name for direction in directions for name in direction]
+    low_rank = bool(names) and all("lora_" in name for name in names)
+    adapter = "; LoRA's own directions: about 2 units by either route" if low_rank else ""
     if mode == "reverse":
         return DerivativePass(model, directions, reduction=reduction, dtype=dtype), Choice(mode, "asked for")
     if mode == "lowrank":
@@ -84,11 +87,11 @@ def make_pass(
     if mode == "forward":
         return ForwardPass(model, directions, reduction=reduction, dtype=dtype), Choice(mode, "asked for")
     if count != 1:
-        reason = f"{count} directions share one backward pass" if count else "no direction"
+        reason = f"{count} directions share one backward pass{adapter}" if count else "no direction"
     else:
         try:
             forward = ForwardPass(model, directions, reduction=reduction, dtype=dtype)
-            return forward, Choice("forward", "one direction: nothing is kept, shared prompts run once")
+            return forward, Choice("forward", f"one direction: no activations kept, shared prompts run once{adapter}")
         except NotImplementedError as error:
             reason = str(error)
     return DerivativePass(model, directions, reduction=reduction, dtype=dtype), Choice("reverse", reason)
