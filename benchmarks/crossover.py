@@ -3,8 +3,8 @@
     python -m benchmarks.crossover [--rounds 9] [--out rows.jsonl]
 
 One direction always takes the row form, so that t(K = 1) / T is the time of a token. Long examples with several
-directions take the tile form, whose time is a line in K: T tokens times the cost of its product (4/3 in
-csrc/ghost_dot_tile.h), and the tokens of each direction (kDirectionTokens of the engine).
+directions take the tile form, whose time is a line in K: T tokens times the cost of its product (kProductThirds / 3 of
+the engine in csrc), and the tokens of each direction (kDirectionTokens).
 """
 
 import argparse

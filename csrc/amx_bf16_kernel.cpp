@@ -25,7 +25,7 @@ struct TileEngine {
   using Intermediate = BFloat16;
   using Packed = uint32_t;
   static constexpr int MR = 32, NR = 32, W = 16, kTile = 16 * 16, kShares = 8;
-  static constexpr int kDepth = 32, kDirectionTokens = 30;
+  static constexpr int kDepth = 32, kProductThirds = 6, kDirectionTokens = 20;
   struct Scope {
     Scope() {
       const TileConfig config;

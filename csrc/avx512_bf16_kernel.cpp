@@ -14,7 +14,7 @@ struct PairEngine {
   using Intermediate = BFloat16;
   using Packed = uint32_t;
   static constexpr int MR = 12, NR = 32, W = 16, kShares = 1;
-  static constexpr int kDepth = 2, kDirectionTokens = 15;
+  static constexpr int kDepth = 2, kProductThirds = 4, kDirectionTokens = 15;
   struct Scope {};
 
   static int64_t a_panel_size(int64_t k) { return round_up(k, 2 * W) / 2 * MR; }

@@ -89,7 +89,7 @@ struct VectorEngine {
   using Intermediate = S;  // what products of products are packed from
   using Packed = S;
   static constexpr int MR = Rows, NR = Vectors * kLanes<S>, kShares = 1;
-  static constexpr int kDepth = 1, kDirectionTokens = 9;
+  static constexpr int kDepth = 1, kProductThirds = 4, kDirectionTokens = 9;
   struct Scope {};
 
   static int64_t a_panel_size(int64_t k) { return k * MR; }

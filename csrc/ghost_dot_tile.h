@@ -11,11 +11,11 @@
 namespace u2a {
 namespace {
 
-// In tokens of the row form with one direction: the tile form's product, whose panels are only T deep, takes 4/3 T, and
-// each direction as long as E::kDirectionTokens tokens (N 2048, T 128, I = O = 1024, K 1, 2 and 16, one thread).
+// In tokens of the row form with one direction: the tile form's product, whose panels are only T deep, takes as long as
+// E::kProductThirds / 3 T, and each direction as long as E::kDirectionTokens (benchmarks.crossover measures both).
 template <class E>
 bool tile_form_is_cheaper(int64_t tokens, int64_t directions) {
-  return round_up(tokens, E::kDepth) * 4 / 3 + directions * E::kDirectionTokens < directions * tokens;
+  return round_up(tokens, E::kDepth) * E::kProductThirds / 3 + directions * E::kDirectionTokens < directions * tokens;
 }
 
 // Some directions of a stack: the entries of `count` rows and `columns` columns of each.

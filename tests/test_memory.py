@@ -24,7 +24,7 @@ from u2a_fast.influence.ranks import RankPlan
 from u2a_fast.models.decoder import Decoder
 from u2a_fast.models.memory import OutOfRoom, Room, TokenBudget, is_out_of_memory
 from u2a_fast.store import Journal, read_scores, read_selection, score_to_parquet
-from u2a_fast.unlearning.measure import nlls
+from u2a_fast.unlearning.measure import mean_of_fitting, nlls
 
 ROOM, BUDGET = 60, 200
 
@@ -267,7 +267,7 @@ def test_a_negative_that_does_not_fit_alone_has_no_score(mode: str, tmp_path: Pa
         s.score(rows)
     named = [text for text in said(caught) if "even alone" in text]
     assert len({text.split(":")[0] + text.split(":")[1] for text in named}) == len(named), "each pass says it once"
-    assert all("example 7, id 'long'" in text or mode == "shortlist" for text in named) and named
+    assert all("example 'long'" in text for text in named) and named
     assert np.isnan(got.score[7]) and np.isnan(got.nll[7]) and got.tokens[7] > 0
     assert got.fits.tolist() == [i != 7 for i in range(30)] and got.nonfinite == got.report.unfit == 1
     assert np.abs(got.score[others] - want).max() <= 1e-8 * np.abs(want).max()
@@ -280,6 +280,56 @@ def test_a_negative_that_does_not_fit_alone_has_no_score(mode: str, tmp_path: Pa
     table = read_scores(tmp_path)
     assert summary.unfit == summary.nonfinite == 1 and summary.nonfinite_ids == ()
     assert table["fits"].tolist() == got.fits.tolist()
+
+
+@pytest.mark.parametrize("position", [0, 7])
+def test_a_certified_top_k_keeps_its_bounds_where_a_whole_window_does_not_fit(
+    position: int, tmp_path: Path, device: Device
+):
+    rows = negatives(8)
+    rows[position] = {"id": "long", "input_ids": [5] * 90, "labels": [5] * 90}
+    want = scorer(loss="ga").topk([row for row in rows if row["id"] != "long"], 3, rank=3)
+    device.room = ROOM
+    with pytest.warns(UserWarning, match="example 'long', 90 tokens"):
+        got = scorer(loss="ga").topk(rows, 3, rank=3, journal=Journal(tmp_path / "out", {}, window=1))
+    assert got.id.tolist() == want.id.tolist() and got.report.certified and got.report.unfit == 1
+
+
+def test_a_ranking_with_a_journal_tries_the_longest_before_its_first_window(tmp_path: Path, device: Device):
+    rows, failed = sorted(negatives(), key=lambda row: len(row["input_ids"])), []
+    device.room = 2 * sum(len(row["input_ids"]) for row in rows[:10])
+    assert device.room < sum(len(row["input_ids"]) for row in rows[-10:])
+
+    def on_progress(stage: str, *_: int) -> None:
+        if stage == "low-rank pass":
+            failed.append(len(device.failed))
+
+    with pytest.warns(UserWarning, match="do not fit in memory: going on"):
+        journal = Journal(tmp_path / "out", {}, window=10)
+        scorer().topk(rows, 3, rank=3, on_progress=on_progress, journal=journal)
+    assert failed[0] == failed[-1] > 0
+
+
+def test_equal_bits_need_one_example_at_a_time_whatever_budget_is_shared(monkeypatch: pytest.MonkeyPatch):
+    model, shared, seen = tiny.build("llama"), TokenBudget(BUDGET), []
+    hidden = Decoder.hidden
+    monkeypatch.setattr(Decoder, "hidden", lambda d, packed: seen.append(len(packed.lengths)) or hidden(d, packed))
+    v = tiny.direction(model)
+    u2a_fast.directional_derivatives(model, negatives(), v, token_budget=shared, batch_invariant=True)
+    assert set(seen[-30:]) == {1}
+    assert scorer(token_budget=shared, batch_invariant=True).token_budget == 1
+
+
+def test_means_are_of_the_examples_that_fit(device: Device):
+    rows = negatives(6)
+    model = tiny.build("llama")
+    want = nlls(model, rows, reduction="mean").mean().item()
+    device.room = ROOM
+    long = {"input_ids": [5] * 90, "labels": [5] * 90}
+    with pytest.warns(UserWarning, match="even alone"):
+        assert mean_of_fitting(model, [*rows, long], reduction="mean") == pytest.approx(want)
+    with pytest.warns(UserWarning, match="even alone"), pytest.raises(torch.OutOfMemoryError, match="none of 1"):
+        mean_of_fitting(model, [long], reduction="mean")
 
 
 def test_what_an_approximate_pass_cannot_hold_is_scored_exactly(device: Device, monkeypatch: pytest.MonkeyPatch):
@@ -348,7 +398,7 @@ def test_the_command_line_records_and_says_it(tmp_path: Path, device: Device):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         made = run("score", *options, "--out", tmp_path / "scores")
-    assert len(said(caught)) == len(set(said(caught))) and any("id 'n5'" in text for text in said(caught))
+    assert len(said(caught)) == len(set(said(caught))) and any("'n5'" in text for text in said(caught))
     assert "1 negatives do not fit in memory even alone" in made.stderr and "stay so" not in made.stderr
     result = yaml.safe_load((tmp_path / "scores" / "run.yaml").read_text())["result"]
     assert result["unfit"] == 1 and result["token_budget"]["forward pass"] == 50

@@ -104,6 +104,8 @@ def test_shares_are_written_with_their_windows_and_resume(tmp_path: Path) -> Non
 
     with pytest.raises(KeyboardInterrupt):
         score_to_parquet(Falls(), batch, tmp_path / "out", **options)
+    with pytest.raises(FileExistsError, match=r"holds shares \['per_module', 'per_token'\], not \['per_token'\]"):
+        score_to_parquet(scorer(), batch, tmp_path / "out", **{**options, "per_module": False})
     assert score_to_parquet(scorer(), batch, tmp_path / "out", **options).resumed_rows == 8
     whole, out = (tmp_path / name / "scores.parquet" for name in ("whole", "out"))
     assert whole.read_bytes() == out.read_bytes()

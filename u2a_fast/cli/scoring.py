@@ -124,7 +124,7 @@ class ScoringRun:
             "scores": str(summary.path),
             "rows": summary.rows,
             "nonfinite": summary.nonfinite,
-            **({"unfit": summary.unfit} if summary.unfit else {}),
+            **({"unfit": unfit} if (unfit := _unfit(summary)) else {}),
             "skipped": sum(report.bad_count for report in reports),
             "truncated": sum(report.truncated for report in reports),
             "resumed_rows": summary.resumed_rows,
@@ -145,12 +145,18 @@ def _of_the_run(report: ScoringReport) -> dict[str, Any]:
     return {name: value for name, value in report.to_dict().items() if name not in left_out}
 
 
+def _unfit(summary: ScoreSummary) -> int:
+    """Negatives that do not fit in memory, those that a ranking does not write among them."""
+    of_all = summary.report.unfit if summary.report and summary.report.mode in AT_ONCE else None
+    return max(summary.unfit, of_all or 0)
+
+
 def _warn_of_rows(summary: ScoreSummary, wanted: int | None) -> None:
     """Say on stderr which scores are not finite, and where fewer than ``wanted`` negatives are there."""
     if wanted is not None and wanted > summary.rows:
         note(f"warning: --top-k {wanted} of {summary.rows} negatives: all of them, sorted")
-    if summary.unfit:
-        note(f"warning: {summary.unfit} negatives do not fit in memory even alone and have no score (NaN): select "
+    if unfit := _unfit(summary):
+        note(f"warning: {unfit} negatives do not fit in memory even alone and have no score (NaN): select "
              "leaves them out; a lower --max-length or --dtype bfloat16 may let them fit")  # fmt: skip
     if summary.nonfinite > summary.unfit:
         shown = ", ".join(summary.nonfinite_ids)

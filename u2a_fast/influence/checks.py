@@ -53,7 +53,7 @@ def against_float32(scored: np.ndarray, narrow: Evaluate, wide: Evaluate, n: int
     try:
         both = np.stack([narrow(sample), wide(sample)])
         return {"float32_spearman": spearman(*both[:, ~np.isnan(both).any(0)])}
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         return {"note": "no sample was scored in float32: it did not fit in memory"}

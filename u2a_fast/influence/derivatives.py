@@ -47,9 +47,9 @@ def resolve_token_budget(given: int | None, device: torch.device, *, batch_invar
 
 
 def as_budget(given: int | TokenBudget | None, device: torch.device, *, batch_invariant: bool = False) -> TokenBudget:
-    """The budget that calls share, where one was given; else a new one of ``resolve_token_budget``."""
+    """The budget that calls share, where one was given; else, and where every example goes alone, a new one."""
     if isinstance(given, TokenBudget):
-        return given
+        return TokenBudget(1) if batch_invariant else given
     return TokenBudget(resolve_token_budget(given, device, batch_invariant=batch_invariant))
 
 

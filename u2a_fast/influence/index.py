@@ -143,11 +143,11 @@ class GradientIndex:
         @cache
         def settle() -> None:
             projector.settle(Path(folder), [examples[i] for i in _sample(len(examples), pca_sample, seed)])
+            if len(examples) > shard_rows:
+                projector.preflight(longest_examples(examples))
 
         def compute(rows: range) -> np.ndarray:
             settle()
-            if len(examples) > shard_rows:
-                projector.preflight(longest_examples(examples))
             found = projector.rows([examples[i] for i in rows])
             write_budget(Path(folder), budget.found)
             return found

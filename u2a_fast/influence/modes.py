@@ -1,8 +1,7 @@
 """How a scorer's modes turn negatives into scores: exactly, by low rank, by a shortlist, by some layers; the best k.
 
-Costs in units of a forward pass (u2a_fast docs/design.md): exact 3 by arithmetic and less as measured
-(``ranks.exact_units``), ``lowrank`` 2 and a little, ``layers`` 1 + 2 fraction, ``shortlist`` and ``topk`` a low-rank
-pass and an exact score for each negative that is rescored.
+Costs in units of a forward pass: exact 3 by arithmetic and less as measured (``ranks.exact_units``), ``lowrank`` 2 and
+a little, ``layers`` 1 + 2 fraction, ``shortlist`` and ``topk`` a low-rank pass and an exact score for each rescored.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from u2a_fast.data.packing import Example
+from u2a_fast.data.packing import Example, longest_examples
 from u2a_fast.influence.checks import LEAST_RANKED, checked, ranked
 from u2a_fast.influence.derivatives import Approximate, DerivativeBatch, DerivativePass
 from u2a_fast.influence.layers import choose_layers, keep_layers
@@ -124,6 +123,9 @@ class Run:
         if self.journal is None:
             return Rows(**self._columns(passes, positions, before, tell, keep))
         windows = []
+        if len(positions) > self.journal.window and passes.kind not in self.budget.found:
+            with passes.running():
+                preflight(passes, longest_examples(self.items[int(i)] for i in positions), self.budget)
         for at in range(0, max(len(positions), 1), self.journal.window):
             some = positions[at : at + self.journal.window]
             windows.append(self.journal.rows(stage, some, partial(self._columns, passes, some, before + at, tell)))
@@ -168,7 +170,7 @@ class Run:
         slope = self.slope(nll, positions)
         made = {"score": slope * derivative, "nll": nll, "tokens": tokens, "fits": fits}
         # NaN promises nothing: where an example did not fit, its exact score is asked for
-        made |= {"bound": slope.abs() * bound} if any(out.bound is not None for _, out in found) else {}
+        made |= {"bound": slope.abs() * bound} if _is_bounded(passes) else {}
         return {name: column.numpy() for name, column in made.items()}
 
     def rescore(self, rows: Rows, positions: np.ndarray, *, before: int = 0) -> np.ndarray:
@@ -189,6 +191,10 @@ class Run:
         unfit = int((~rows.fits).sum())
         report = replace(report, token_budget=dict(self.budget.found), unfit=unfit or None)
         return Scores.from_columns({name: column[order] for name, column in columns.items()}, report)
+
+
+def _is_bounded(passes: Pass) -> bool:
+    return isinstance(passes, DerivativePass) and passes.approximation.bounded
 
 
 def check_mode(mode: str, fraction: float | None) -> None:

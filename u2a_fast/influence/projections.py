@@ -214,6 +214,8 @@ class Projector:
         with measuring.running():
             for _ in run_batches(measuring, sample, room):
                 pass
+        if len(room.unfit) == len(sample):
+            raise torch.OutOfMemoryError("[index] none of the examples that pca is measured on fits in memory")
         return moments
 
     def preflight(self, longest: Sequence[Example]) -> None:

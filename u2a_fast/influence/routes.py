@@ -124,11 +124,9 @@ def _unfit(passes: BatchPass, example: Example) -> DerivativeBatch:
     """What stands for one example that does not fit in memory."""
     scored = sum(int(label) != IGNORE_INDEX for label in example["labels"][1:])
     dtype, device = torch.float64 if passes.double else torch.float32, passes.decoder.device
-    derivatives, nll, by_token = (
-        torch.full(shape, torch.nan, dtype=dtype, device=device)
-        for shape in ((passes.count, 1), (1,), (passes.count, scored))
-    )
-    return DerivativeBatch(derivatives, nll, torch.tensor([scored]), by_token=by_token, fits=False)
+    nan = torch.full((1, 1), torch.nan, dtype=dtype, device=device)  # one entry: there is no memory for more
+    derivatives, by_token = nan.expand(passes.count, 1), nan.expand(passes.count, scored)
+    return DerivativeBatch(derivatives, nan[0], torch.tensor([scored]), by_token=by_token, fits=False)
 
 
 def run_parts(

@@ -26,7 +26,7 @@ from u2a_fast.influence.shares import check_shares, score_with_shares
 from u2a_fast.influence.topk import check_certifiable, check_k
 from u2a_fast.losses import unlearning_slope
 from u2a_fast.models.memory import TokenBudget
-from u2a_fast.models.parameters import selected_parameters
+from u2a_fast.models.parameters import precisions, selected_parameters
 from u2a_fast.store.journal import Journal
 
 __all__ = ["InfluenceScorer", "Scores", "ScoringReport"]
@@ -256,7 +256,7 @@ class InfluenceScorer:
         """Find out how large a batch of ``score`` may be, before the first of several calls.
 
         Args:
-            longest: the longest examples of all calls, as many as a batch takes.
+            longest: the longest examples of all calls, as many as ``data.packing.longest_examples`` keeps.
             first: the first call's, to which a curvature is fitted where it was named.
         """
         if longest:
@@ -307,7 +307,7 @@ class InfluenceScorer:
         check_k(k)
         check_rank(1 if rank is None else rank)
         if certified:
-            check_certifiable(self.dtype or next(p.dtype for p in self.model.parameters() if p.is_floating_point()))
+            check_certifiable(precisions(self.model, self.dtype))
 
     def topk_by_index(
         self,
@@ -391,8 +391,7 @@ class InfluenceScorer:
 
     def _float32_pass(self) -> Callable[[], Pass] | None:
         """What 16-bit scores are held against."""
-        dtypes = {self.dtype or p.dtype for p in self.model.parameters() if p.is_floating_point()}
-        if dtypes.isdisjoint({torch.bfloat16, torch.float16}):
+        if precisions(self.model, self.dtype).isdisjoint({torch.bfloat16, torch.float16}):
             return None
         return lambda: make_pass(self.model, [self.direction()], reduction=self.reduction, dtype=torch.float32)[0]
 

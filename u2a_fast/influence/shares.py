@@ -51,12 +51,12 @@ class _ModuleShares:
 
     def keep(self, positions: np.ndarray, out: DerivativeBatch) -> None:
         """Keep what the batch of the negatives at ``positions`` says of the modules."""
-        at = torch.from_numpy(positions)
+        at = torch.from_numpy(positions).to(out.derivatives.device)
         # a module that was not called contributes nothing, unless nothing is known
         silent = torch.zeros_like(out.derivatives[0]) * out.derivatives[0]
         for path in self.paths:
             row = out.parts[path][0] if path in out.parts else silent
-            self._found.setdefault(path, row.new_empty(self.n, dtype=torch.float64))[at.to(row.device)] = row.double()
+            self._found.setdefault(path, row.new_empty(self.n, dtype=torch.float64))[at] = row.double()
 
     def scores(self, slope: Tensor) -> dict[str, np.ndarray]:
         """(n) float64 by module path, from d loss / d NLL_i (n): they sum to the scores."""
@@ -85,6 +85,8 @@ def score_with_shares(run: "Run", *, per_token: bool = False, per_module: bool =
     """
     n, (passes, choice) = len(run.items), run.exact()
     tokens, modules = _TokenShares() if per_token else None, None
+    forward = run.forward if per_token and choice.mode != "forward" else None
+    by_token = forward() if forward is not None else passes  # refuses a model without forward mode before any work
     if per_module:
         reverse = passes if isinstance(passes, DerivativePass) else _reverse_pass(run)
         modules = _ModuleShares(reverse.module_paths, n)
@@ -95,8 +97,7 @@ def score_with_shares(run: "Run", *, per_token: bool = False, per_module: bool =
     slope = run.slope(torch.from_numpy(rows.nll), np.arange(n))
     if tokens is not None:
         if tokens is not own:
-            assert run.forward is not None
-            run.evaluate(run.forward(), stage="tokens' shares", keep=tokens.keep)
+            run.evaluate(by_token, stage="tokens' shares", keep=tokens.keep)
         ids = [_scored_tokens(item) for item in run.items]
         found = replace(found, token_scores=tokens.scores(slope, passes.reduction), token_ids=ids)
     if modules is not None:

@@ -1,6 +1,6 @@
 """Exact scores for the negatives that need them: a certified top k, and a shortlist whose recall is measured."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from math import ceil, sqrt
 from statistics import NormalDist
 
@@ -33,12 +33,12 @@ def check_k(k: int, candidates: int | None = None) -> None:
         raise ValueError(f"[topk] expected at least as many candidates as k = {k}, got {candidates}")
 
 
-def check_certifiable(dtype: torch.dtype) -> None:
-    """Raise ValueError for a precision whose rounding no bound covers."""
-    if dtype not in (torch.float32, torch.float64):
+def check_certifiable(dtypes: Collection[torch.dtype]) -> None:
+    """Raise ValueError where a pass computes in a precision whose rounding no bound covers."""
+    if narrow := [dtype for dtype in dtypes if dtype not in (torch.float32, torch.float64)]:
         raise ValueError(
-            f"[topk] expected float32 or float64 for a certificate, got {dtype}: pass dtype=torch.float32 to the "
-            "scorer, or certified=False"
+            f"[topk] expected float32 or float64 for a certificate, got {narrow[0]}: pass dtype=torch.float32 to the "
+            "scorer (and load a quantized base with that compute dtype), or certified=False"
         )
 
 

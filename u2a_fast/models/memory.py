@@ -78,9 +78,9 @@ class Room:
 
 
 def describe(position: int, example: Example) -> str:
-    """An example by its position, its id where it has one, and its length."""
-    name = f", id {example['id']!r}" if "id" in example else ""
-    return f"example {position}{name}, {len(example['input_ids'])} tokens"
+    """An example by its id, else by its position in the call, and its length."""
+    name = repr(example["id"]) if "id" in example else str(position)
+    return f"example {name}, {len(example['input_ids'])} tokens"
 
 
 class TokenBudget:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from u2a_fast.models.kinds import Kind, kind_of
-from u2a_fast.models.quantized import dequantized_forwards, is_quantized
+from u2a_fast.models.quantized import compute_dtypes, dequantized_forwards, is_quantized
 
 __all__ = [
     "KINDS",
@@ -35,6 +35,12 @@ def floating_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     stored = {id(module.weight) for module in model.modules() if is_quantized(module)}
     return {name: p for name, p in model.named_parameters() if p.is_floating_point() and id(p) not in stored}
+
+
+def precisions(model: nn.Module, dtype: torch.dtype | None) -> set[torch.dtype]:
+    """What a pass over the model computes in: ``dtype``, or its parameters' own; quantized layers may have theirs."""
+    found = {dtype} if dtype is not None else {p.dtype for p in floating_parameters(model).values()}
+    return found | compute_dtypes(model)
 
 
 def _kinds(model: nn.Module) -> dict[int, set[str]]:

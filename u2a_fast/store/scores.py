@@ -39,6 +39,7 @@ __all__ = [
 _REQUIRED = pa.schema([("id", pa.string()), ("score", pa.float64()), ("nll", pa.float64()), ("tokens", pa.int64())])
 SCHEMA = _REQUIRED.append(pa.field("exact", pa.bool_()))
 UNFIT_SCHEMA = SCHEMA.append(pa.field("fits", pa.bool_()))  # of files with a negative that does not fit in memory
+SHARES = {"per_token": "token_scores", "per_module": "module_scores"}  # option -> a column that it alone adds
 NONFINITE_SHOWN = 20
 CALIBRATION = 256  # at least as many as a scorer fits its curvature to
 
@@ -112,8 +113,9 @@ def score_to_parquet(
     per_token: bool = False,
     per_module: bool = False,
 ) -> ScoreSummary:
-    """Score ``negatives`` in order into ``out_dir/scores.parquet`` (columns of ``SCHEMA``), resuming a broken-off run.
+    """Score ``negatives`` in order into ``out_dir/scores.parquet``, resuming a broken-off run.
 
+    Columns are those of ``SCHEMA``, and ``fits`` (``UNFIT_SCHEMA``) where a negative does not fit in memory.
     The windows are the same in every run, so a resumed run writes the same bytes as an uninterrupted one. Memory is
     that of one window. NaN and infinite scores are kept and counted. ``on_progress(done, total)`` is called at the
     start and after each window; total is None for a stream. ``before_rename(summary)`` is called once all scores are
@@ -139,7 +141,7 @@ def score_to_parquet(
     parts = claim_parts(out, fingerprint or {}, window)
     budget: dict[str, int] = getattr(getattr(scorer, "budget", None), "found", {})
     budget.update(read_budget(parts))
-    shares = {name: True for name, wanted in (("per_token", per_token), ("per_module", per_module)) if wanted}
+    shares = {name: True for name, wanted in zip(SHARES, (per_token, per_module), strict=True) if wanted}
     report = on_progress or _no_progress
     done = finished = _finished_rows(parts)
     report(done, total)
@@ -147,7 +149,7 @@ def score_to_parquet(
     for index, rows in enumerate(_windows(negatives, window)):
         part = parts / f"part-{index:06d}.parquet"
         if part.exists():
-            _check_part(part, rows)
+            _check_part(part, rows, shares)
             if index == 0:
                 # A scorer may fit its curvature to the first negatives that it sees: let it see them again.
                 made = scorer.score(rows[:CALIBRATION])
@@ -165,7 +167,7 @@ def score_to_parquet(
 def write_scores(
     path: Path, scores: Any, *, resumed_rows: int = 0, before_rename: Finish | None = None
 ) -> ScoreSummary:
-    """Write ``Scores`` that were made at once into the Parquet file ``path``, whole, in the columns of ``SCHEMA``.
+    """Write ``Scores`` that were made at once into the Parquet file ``path``, whole; columns as ``score_to_parquet``'s.
 
     ``before_rename`` is called as in ``score_to_parquet``.
     """
@@ -292,10 +294,13 @@ def _windows(negatives: Iterable[Mapping[str, Any]], window: int) -> Iterator[li
         yield rows
 
 
-def _check_part(part: Path, rows: list[Mapping[str, Any]]) -> None:
+def _check_part(part: Path, rows: list[Mapping[str, Any]], shares: Mapping[str, bool]) -> None:
     stored = read_part(part, columns=["id"]).column("id").to_pylist()
     if stored != [str(row["id"]) for row in rows]:
         raise FileExistsError(f"[score] {part} holds scores of other negatives: pass overwrite to start anew")
+    held = {option for option, column in SHARES.items() if column in _schema(part).names}
+    if held != set(shares):
+        raise FileExistsError(f"[score] {part} holds shares {sorted(held)}, not {sorted(shares)}: pass overwrite")
 
 
 def _write_part(part: Path, scores: Any, rows: list[Mapping[str, Any]]) -> None:

@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from u2a_fast.data.packing import Example
 from u2a_fast.influence.derivatives import as_budget
-from u2a_fast.unlearning.measure import nlls
+from u2a_fast.unlearning.measure import mean_of_fitting
 
 __all__ = ["DriftGuard"]
 
@@ -38,7 +38,7 @@ class DriftGuard(TrainerCallback):
         self.start = self._mean_nll(model)
 
     def _mean_nll(self, model: nn.Module) -> float:
-        return nlls(model, self.examples, reduction=self.reduction, token_budget=self._budget).mean().item()
+        return mean_of_fitting(model, self.examples, reduction=self.reduction, token_budget=self._budget)
 
     def _looks(self, state: TrainerState) -> list[tuple[int, float]]:
         """Step and rise of every look so far, the start first."""

@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from u2a_fast.data.packing import Example
+from u2a_fast.data.packing import Example, longest_examples
 from u2a_fast.influence.derivatives import as_budget
 from u2a_fast.influence.objectives import Objective
 from u2a_fast.influence.scorer import InfluenceScorer, Scores
 from u2a_fast.selection import Selection, exponentiated_gradient, released_exponentiated_gradient, select
-from u2a_fast.store import write_selection, write_text
+from u2a_fast.store import read_budget, write_selection, write_text
 from u2a_fast.unlearning.config import AlignConfig
 from u2a_fast.unlearning.fingerprint import check_fingerprint, hash_examples, hash_model, hash_plain
-from u2a_fast.unlearning.measure import example_of, nlls, sample_positions
+from u2a_fast.unlearning.measure import example_of, mean_of_fitting, sample_positions
 from u2a_fast.unlearning.rounds import RoundFiles, complete_rounds, drop_parameters
 from u2a_fast.unlearning.run import save_model, train
 from u2a_fast.unlearning.snapshot import ParameterSnapshot, restore
@@ -142,8 +142,8 @@ class _Loop:
     def mean_nll(self, examples: Sequence[Example]) -> float | None:
         if not examples:
             return None
-        found = nlls(self.model, examples, reduction=self.config.unlearn.reduction, token_budget=self.budget)
-        return found.mean().item()
+        reduction = self.config.unlearn.reduction
+        return mean_of_fitting(self.model, examples, reduction=reduction, token_budget=self.budget)
 
     def measure(self, chosen: Sequence[Example]) -> dict[str, float | None]:
         """Preference losses and mean NLLs (nats) of the chosen negatives, of a sample of all, and of positives."""
@@ -161,6 +161,8 @@ class _Loop:
         rows, parts, done = _numbered(self.negatives), [], 0
         while window := list(islice(rows, _WINDOW)):
             reference = None if at_start is None else at_start[done : done + len(window)].tolist()
+            if number == done == 0 and self.count > _WINDOW:
+                self.scorer.preflight(longest_examples(self.negatives), window)
             parts.append(self.scorer.score(window, nll_reference=reference))
             done += len(window)
             self.report(number, "score", done, self.count)
@@ -246,11 +248,12 @@ class _Loop:
             "effective_sample_size": selection.effective_sample_size,
             "temper": selection.temper,
             "nonfinite": scores.nonfinite,
+            "unfit": int((~scores.fits).sum()),
             **_against_float32(scores),
             "predicted_gain_rate": float(selection.score @ selection.weight) / len(selection),
             **self.unlearn(number, selection),
         }
-        files.finish(self.model, metrics)
+        files.finish(self.model, metrics, self.budget.found)
         return metrics
 
 
@@ -306,7 +309,9 @@ def align(
     check_fingerprint(out / "align.json", loop.fingerprint())
     rounds, stopped = complete_rounds(out), ""
     if rounds:
-        restore(model, RoundFiles(out, len(rounds) - 1).parameters)
+        last = RoundFiles(out, len(rounds) - 1)
+        restore(model, last.parameters)
+        loop.budget.found |= read_budget(last.folder)
     while not stopped:
         best = _best(rounds)
         drop_parameters(out, {best, len(rounds) - 1})

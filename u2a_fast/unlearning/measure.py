@@ -13,7 +13,7 @@ from u2a_fast.models.decoder import sequence_logprobs
 from u2a_fast.models.memory import Room, TokenBudget
 from u2a_fast.unlearning.snapshot import ParameterSnapshot, without_dropout
 
-__all__ = ["example_of", "nlls", "sample_positions"]
+__all__ = ["example_of", "mean_of_fitting", "nlls", "sample_positions"]
 
 
 def example_of(row: Mapping[str, Any]) -> Example:
@@ -33,17 +33,42 @@ def nlls(
 
     NaN, with a warning, for an example that does not fit in memory even alone.
     """
+    return _nlls(model, examples, reduction, reference, token_budget)[0]
+
+
+def mean_of_fitting(
+    model: nn.Module, examples: Sequence[Example], *, reduction: str, token_budget: TokenBudget | None = None
+) -> float:
+    """The mean of ``nlls`` over the examples that fit in memory, which are the same at every step of a run.
+
+    Raises torch.OutOfMemoryError where none does.
+    """
+    found, fits = _nlls(model, examples, reduction, None, token_budget)
+    if not fits.any():
+        raise torch.OutOfMemoryError(f"[nlls] none of {len(examples)} examples fits in memory, each alone")
+    return found[fits].mean().item()
+
+
+def _nlls(
+    model: nn.Module,
+    examples: Sequence[Example],
+    reduction: str,
+    reference: ParameterSnapshot | None,
+    token_budget: TokenBudget | None,
+) -> tuple[Tensor, Tensor]:
+    """NLLs, and which of the examples fit in memory, (B) bool."""
     budget = as_budget(token_budget, next(model.parameters()).device)
 
-    def attempt(room: Room) -> Tensor:
+    def attempt(room: Room) -> tuple[Tensor, Tensor]:
         out = torch.full((len(examples),), torch.nan, dtype=torch.float64)
+        fits = torch.zeros(len(examples), dtype=torch.bool)
         plan = batched(examples, room.tokens)
         for positions, found in room.each(
             plan, lambda _, batch: sequence_logprobs(model, batch, reduction=reduction).double().cpu()
         ):
             if found is not None:
-                out[positions] = -found
-        return out
+                out[positions], fits[positions] = -found, True
+        return out, fits
 
     swapped = nullcontext() if reference is None else reference.swapped_in(model)
     with swapped, without_dropout(model), torch.no_grad():

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import nn
 
 from u2a_fast.influence.scorer import Scores
-from u2a_fast.store import read_selection, write_atomically, write_text
+from u2a_fast.store import read_selection, write_atomically, write_budget, write_scores, write_text
 from u2a_fast.unlearning.snapshot import save_trainable
 
 __all__ = ["RoundFiles", "complete_rounds", "drop_parameters"]
@@ -35,14 +34,13 @@ class RoundFiles:
         self.folder.mkdir(parents=True)
 
     def write_scores(self, scores: Scores) -> None:
-        """One row a negative: id, score, nll, tokens."""
-        ids = pa.array([str(i) for i in scores.id], pa.string())
-        table = pa.table({"id": ids, "score": scores.score, "nll": scores.nll, "tokens": scores.tokens})
-        write_atomically(self.folder / "scores.parquet", lambda temporary: pq.write_table(table, temporary))
+        """One row a negative, as ``score`` writes it."""
+        write_scores(self.folder / "scores.parquet", scores)
 
-    def finish(self, model: nn.Module, metrics: Mapping[str, Any]) -> None:
-        """Write the trainable parameters and then the metrics."""
+    def finish(self, model: nn.Module, metrics: Mapping[str, Any], budget: Mapping[str, int]) -> None:
+        """Write the trainable parameters, which batches were found to fit in memory, and then the metrics."""
         write_atomically(self.parameters, lambda temporary: save_trainable(model, temporary))
+        write_budget(self.folder, budget)
         write_text(self.folder / "metrics.json", json.dumps(dict(metrics), indent=2) + "\n")
 
     def nll(self) -> np.ndarray:
