@@ -29,6 +29,7 @@ from u2a_fast.influence.routes import run_batches
 from u2a_fast.influence.scorer import Scores
 from u2a_fast.influence.topk import best, certify
 from u2a_fast.models.decoder import Decoder
+from u2a_fast.models.memory import Room
 from u2a_fast.sketch import MAX_DIM
 from u2a_fast.statistics import spearman
 
@@ -79,7 +80,7 @@ def _rescored(
     passes = DerivativePass(workload.model, [scorer.direction()], approximate=approximate)
     score, bound = np.zeros((2, len(exact)))
     with passes.running():
-        for at, out in run_batches(passes, workload.examples, scorer.token_budget):
+        for at, out in run_batches(passes, workload.examples, Room(scorer.token_budget)):
             assert out.bound is not None
             score[at], bound[at] = -out.derivatives[0].double().numpy(), out.bound[0].numpy()
     if not (np.abs(score - exact.score) <= bound).all():

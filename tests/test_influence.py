@@ -249,7 +249,7 @@ def test_signal_of_consistent_preferences_generalizes() -> None:
     halves = objective.split(0.5, 3)
     gradients = [half.gradient(model) for half in halves]
     product = sum((gradients[0][name] * gradients[1][name]).sum() for name in gradients[0]).item()
-    assert _row_derivatives(scorer, halves[0], gradients[1]).mean() == pytest.approx(product, rel=1e-9)
+    assert _row_derivatives(scorer, halves[0], gradients[1], scorer.budget).mean() == pytest.approx(product, rel=1e-9)
     assert u2a_fast.signal_check(scorer, negatives, seed=3) == report
 
 

@@ -53,7 +53,7 @@ def as_budget(given: int | TokenBudget | None, device: torch.device, *, batch_in
     return TokenBudget(resolve_token_budget(given, device, batch_invariant=batch_invariant))
 
 
-def kind_of(route: str, dtype: torch.dtype | None) -> str:
+def pass_kind(route: str, dtype: torch.dtype | None) -> str:
     """The name of a route's passes in a ``TokenBudget``: passes of another precision have a budget of their own."""
     return f"{route} pass" if dtype is None else f"{route} pass in {str(dtype).removeprefix('torch.')}"
 
@@ -160,7 +160,7 @@ class DerivativePass:
     ) -> None:
         check_reduction(reduction)
         self.model, self.reduction, self.dtype = model, reduction, dtype
-        self.kind = kind_of("reverse", dtype)
+        self.kind = pass_kind("reverse", dtype)
         self.decoder = Decoder(model)
         stacked = stack_directions(model, directions, dtype, wide=approximate is not None)
         self.count = len(directions)

@@ -17,7 +17,7 @@ from u2a_fast.influence.derivatives import (
     DerivativeBatch,
     Direction,
     cast_parameters,
-    kind_of,
+    pass_kind,
     stack_directions,
 )
 from u2a_fast.models.decoder import Decoder, check_packing, check_reduction, probe_examples, reduce_tokens
@@ -56,7 +56,7 @@ class ForwardPass:
     ) -> None:
         check_reduction(reduction)
         self.model, self.reduction, self.dtype, self.share_prompts = model, reduction, dtype, share_prompts
-        self.kind = kind_of("forward", dtype)
+        self.kind = pass_kind("forward", dtype)
         self.decoder = Decoder(model)
         self.count = len(directions)
         self.double = all(p.dtype == torch.float64 for p in model.parameters() if p.is_floating_point())

@@ -85,8 +85,8 @@ class Run:
         slope: d loss / d NLL_i from the NLLs of given positions.
         budget: most tokens a batch, kept by the scorer from call to call.
         memo: what later calls of the same scorer use again.
-        float32: its exact pass in float32, where it scores in 16 bits.
         forward: its exact pass by the forward route.
+        float32: its exact pass in float32, where it scores in 16 bits.
         batched_budget: most tokens a batch were it not batch-invariant; None where it is not.
         on_progress: called after every batch.
         journal: keeps what is evaluated, a window of negatives at a time; batches are then planned within a window, so
@@ -99,8 +99,8 @@ class Run:
     slope: Callable[[Tensor, np.ndarray], Tensor]
     budget: TokenBudget
     memo: dict[Any, Any]
+    forward: Callable[[], Pass]
     float32: Callable[[], Pass] | None = None
-    forward: Callable[[], Pass] | None = None
     batched_budget: int | None = None
     on_progress: Progress | None = None
     journal: Journal | None = None

@@ -116,8 +116,8 @@ class Objective(ABC):
         """What ends a run: without one of its sequences the objective would be another."""
         row, own = divmod(position, len(examples) // len(self.rows))
         return torch.OutOfMemoryError(
-            f"[{type(self).__name__}] sequence {own} of preference row {row} ("
-            f"{describe(position, examples[position])}) "
+            f"[{type(self).__name__}] sequence {own} of preference row {row} "
+            f"({describe(position, examples[position])}) "
             "does not fit in memory even alone: cut rows shorter (max_length), leave that row out, load the model in "
             "bfloat16, or select fewer parameters (their gradients take memory too)"
         )

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from u2a_fast.data.packing import Example
-from u2a_fast.influence.derivatives import DerivativeBatch, DerivativePass, Direction, kind_of
+from u2a_fast.influence.derivatives import DerivativeBatch, DerivativePass, Direction, pass_kind
 from u2a_fast.influence.lowrank import linear_weights
 from u2a_fast.influence.routes import preflight, run_batches
 from u2a_fast.models.capture import Capture
@@ -175,7 +175,7 @@ class Projector:
         self, passes: DerivativePass, projections: Projections, budget: TokenBudget, dtype: torch.dtype | None
     ) -> None:
         self.passes, self.projections, self.budget = passes, projections, budget
-        self._kind, self._measuring_kind = kind_of("projection", dtype), kind_of("projection's sample", dtype)
+        self._kind, self._measuring_kind = pass_kind("projection", dtype), pass_kind("projection's sample", dtype)
         if projections.kind == "pca":
             self._measuring(projections.moments())  # refuses a model that is not understood before anything is written
         else:

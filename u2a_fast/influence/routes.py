@@ -98,14 +98,13 @@ def make_pass(
 
 
 def run_batches(
-    passes: BatchPass, examples: Sequence[Example], room: Room | int
+    passes: BatchPass, examples: Sequence[Example], room: Room
 ) -> Iterator[tuple[list[int], DerivativeBatch]]:
     """Run every batch inside ``passes.running()``: (positions, result), the largest batch first.
 
     ``room``: most tokens a batch, as ``TokenBudget.fit`` hands it out. An example that does not fit in memory even
     alone gives a result of NaN (``fits``). Raises OutOfRoom for a batch of several that does not fit.
     """
-    room = Room(room) if isinstance(room, int) else room
     for positions, result in room.each(passes.batches(examples, room.tokens), lambda _, batch: passes(batch)):
         yield positions, _unfit(passes, examples[positions[0]]) if result is None else result
 

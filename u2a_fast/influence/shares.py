@@ -85,8 +85,8 @@ def score_with_shares(run: "Run", *, per_token: bool = False, per_module: bool =
     """
     n, (passes, choice) = len(run.items), run.exact()
     tokens, modules = _TokenShares() if per_token else None, None
-    forward = run.forward if per_token and choice.mode != "forward" else None
-    by_token = forward() if forward is not None else passes  # refuses a model without forward mode before any work
+    # Made here: a model without forward mode is refused before any work.
+    by_token = run.forward() if per_token and choice.mode != "forward" else passes
     if per_module:
         reverse = passes if isinstance(passes, DerivativePass) else _reverse_pass(run)
         modules = _ModuleShares(reverse.module_paths, n)

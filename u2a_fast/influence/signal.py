@@ -70,10 +70,9 @@ def _derivatives(
 
 
 def _row_derivatives(
-    scorer: InfluenceScorer, half: Objective, direction: dict[str, Tensor], budget: TokenBudget | None = None
+    scorer: InfluenceScorer, half: Objective, direction: dict[str, Tensor], budget: TokenBudget
 ) -> np.ndarray:
     """<direction, grad of row loss> for every row of ``half``; their mean is <direction, grad of half>."""
-    budget = budget or scorer.budget
     coefficients = half.coefficients(half.logprobs(scorer.model, token_budget=budget)).double().cpu()
     nll = _derivatives(scorer, [direction], half.sequences(), half.reduction, budget)[0]
     return -(coefficients * nll.view_as(coefficients)).sum(1).numpy()

@@ -6,15 +6,16 @@ is the trial and little is lost; and nothing that is summed over batches is coun
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 
-__all__ = ["OutOfRoom", "Room", "TokenBudget", "is_out_of_memory"]
+from u2a_fast.data.packing import Example
+
+__all__ = ["OutOfRoom", "Room", "TokenBudget", "describe", "is_out_of_memory"]
 
 T = TypeVar("T")
-Example = Mapping[str, Any]
 
 # PyTorch has an error class for GPUs only; the others speak through the text of a RuntimeError. The stable ABI, by
 # which our C++ ops allocate, keeps of an error no more than which call failed.

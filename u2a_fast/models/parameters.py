@@ -16,6 +16,7 @@ __all__ = [
     "evaluation_mode",
     "floating_parameters",
     "parameter_names",
+    "precisions",
     "replaced_forwards",
     "selected_parameters",
 ]

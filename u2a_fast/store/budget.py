@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from u2a_fast.store.files import write_text
+from u2a_fast.store.files import read_json, write_text
 
 __all__ = ["read_budget", "write_budget"]
 
@@ -14,7 +14,7 @@ FILE = "budget.json"
 def read_budget(folder: Path) -> dict[str, int]:
     """Tokens a batch by kind of loop, as an unfinished run in ``folder`` found them; empty where none did."""
     path = folder / FILE
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def write_budget(folder: Path, found: Mapping[str, int]) -> None:

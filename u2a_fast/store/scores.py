@@ -260,7 +260,7 @@ def _part_files(parts: Path) -> list[Path]:
 
 
 def _finished_rows(parts: Path) -> int:
-    return sum(read_part(part, columns=["id"]).num_rows for part in _part_files(parts))
+    return sum(_undamaged(part, partial(pq.read_metadata, part)).num_rows for part in _part_files(parts))
 
 
 def read_part(path: Path, **options: Any) -> pa.Table:
@@ -376,7 +376,7 @@ def _merge(
 
     def write(temporary: Path) -> None:
         nonlocal rows, nonfinite, unfit
-        # But for that column every part has the same: the manifest sees to it.
+        # But for that column every part has the same: _check_part sees to it.
         schema = _with_column(_schema(parts[0]), bool(with_fits))
         with pq.ParquetWriter(temporary, schema) as writer:
             for part in parts:
