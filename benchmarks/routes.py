@@ -43,6 +43,7 @@ __all__ = ["BUILDERS", "main", "measure"]
 TOKEN_BUDGET = 2048
 AGREEMENT = 1e-4
 RANKING = 0.995
+PROMPTS = "prompts once", "prompts every time"
 CHECKED = 8  # examples that are compared with autograd in float64
 
 Blocks = list[list[Example]]
@@ -96,9 +97,19 @@ def _judge(name: str, scores: Mapping[str, Tensor], truth: Tensor) -> tuple[dict
 
 
 def measure(
-    name: str, model: nn.Module, blocks: Blocks, directions: Sequence[Direction], make: Any, rounds: int
+    name: str,
+    model: nn.Module,
+    blocks: Blocks,
+    directions: Sequence[Direction],
+    make: Any,
+    rounds: int,
+    *,
+    pair: tuple[str, str] | None = None,
 ) -> tuple[Row, bool]:
-    """A row of units, and whether every gate was green; ``make(prepared)`` gives the contestants by name."""
+    """A row of units, and whether every gate was green; ``make(prepared)`` gives the contestants by name.
+
+    ``pair``: two whose ratio, block by block, the row holds too.
+    """
     with ExitStack() as stack:
         contestants: dict[str, Contestant] = make(_Prepared(stack))
         scores = {n: torch.cat([run(block) for block in blocks], 1) for n, run in contestants.items()}
@@ -121,6 +132,8 @@ def measure(
         "units_spread": {n: ratios(times[n], times["pass"]).to_list() for n in times if n != "pass"},
         **judged,
     }
+    if pair and not set(pair) & set(failed):
+        values["pair_ratio"] = ratios(times[pair[0]], times[pair[1]]).to_list()
     worst = max(error for n, error in judged["relative_error"].items() if "bf16" not in n)
     gate = f"float32 within {worst:.1e} (relative) of float64 autograd on {truth.shape[1]} examples"
     return make_row("routes", name, values, gate=gate), not failed
@@ -175,10 +188,10 @@ def _shared(workload: Workload, rounds: int) -> tuple[Row, bool]:
 
     def make(prepared: _Prepared) -> dict[str, Contestant]:
         shared, unshared = (ForwardPass(copy.deepcopy(workload.model), [v], share_prompts=s) for s in (True, False))
-        return {"prompts once": prepared.running(shared), "prompts every time": prepared.running(unshared)}
+        return dict(zip(PROMPTS, map(prepared.running, (shared, unshared)), strict=True))
 
     blocks = _answers(max(1, len(workload.examples) // 16))
-    return measure("shared", workload.model, blocks, [v], make, rounds)
+    return measure("shared", workload.model, blocks, [v], make, rounds, pair=PROMPTS)
 
 
 def _directions(workload: Workload, rounds: int) -> tuple[Row, bool]:
@@ -209,6 +222,8 @@ def _report(row: Row) -> None:
         p20, p50, p80 = row["units_spread"][name]
         ranking = row["spearman"][name]
         print(f"  {name:<20} {units:5.2f} units (blocks: {p20:.2f} / {p50:.2f} / {p80:.2f}), Spearman {ranking:.5f}")
+    if "pair_ratio" in row:
+        print("  the first over the second, block by block: " + " / ".join(f"{r:.3f}" for r in row["pair_ratio"]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

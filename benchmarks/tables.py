@@ -181,7 +181,7 @@ def _speed(name: str) -> Callable[[Row], float]:
 
 
 def _prompts(row: Row) -> float:
-    return row["units"]["prompts once"] / row["units"]["prompts every time"]
+    return row["pair_ratio"][1]
 
 
 def _routes_memory(row: Row) -> float:

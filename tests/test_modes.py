@@ -120,10 +120,19 @@ def test_randomized_svd_is_near_the_best_and_repeats(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(lowrank, "EXACT_SIDE", 4)
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(60, 50, generator=generator) @ torch.diag(torch.arange(1.0, 51) ** -1.0)
-    left, singular, right = lowrank._svd(v, 5)
+    left, singular, right = lowrank._svd(v, 5, exact=True)
     lost = (v - (left * singular) @ right.mT).norm()
     assert lost <= 1.01 * torch.linalg.svdvals(v)[5:].norm()
-    assert all(torch.equal(x, y) for x, y in zip((left, singular, right), lowrank._svd(v, 5), strict=True))
+    assert all(torch.equal(x, y) for x, y in zip((left, singular, right), lowrank._svd(v, 5, exact=True), strict=True))
+
+
+def test_which_svd_is_randomized() -> None:
+    v = torch.randn(90, 60, generator=torch.Generator().manual_seed(0))  # a flat spectrum, the worst for a sample
+    best = torch.linalg.svd(v)[0]
+    for rank, exact, is_exact in ((4, False, False), (4, True, True), (8, False, True)):  # 4 (rank + 8) against 60
+        left, singular, right = lowrank._svd(v, rank, exact=exact)
+        assert torch.allclose((left * best[:, :rank]).sum(0).abs(), torch.ones(rank), atol=1e-5) == is_exact
+        assert (v - (left * singular) @ right.mT).norm() <= 1.02 * torch.linalg.svdvals(v)[rank:].norm()
 
 
 values = st.sampled_from([-2.0, -1.0, 0.0, 0.5, 0.5, 1.0, 3.0, float("nan"), float("inf"), float("-inf")])

@@ -1,9 +1,9 @@
 """Directions truncated to low rank: which matrices, by which decomposition, and what is lost.
 
-Every weight of a linear layer whose factors are cheaper than itself, r (I + O) < I O, is truncated by a singular value
-decomposition: exact for matrices whose smaller side is at most ``EXACT_SIDE``, else randomized (Halko, Martinsson and
-Tropp 2011, algorithms 4.4 and 5.1) from a fixed seed. Norms, biases, embeddings (whose contraction only looks up rows)
-and LoRA's factors stay exact. The LM head's weight is truncated for its use as a head.
+Every weight of a linear layer whose factors are cheaper than itself, r (I + O) < I O, is truncated by a randomized
+singular value decomposition (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1) from a fixed seed, or by an exact
+one where that is as cheap or where a bound of what is lost is to be tight. Norms, biases, embeddings (whose contraction
+only looks up rows) and LoRA's factors stay exact. The LM head's weight is truncated for its use as a head.
 """
 
 from collections.abc import Mapping
@@ -20,8 +20,9 @@ from u2a_fast.models.parameters import parameter_names
 __all__ = ["Approximation", "check_rank", "linear_weights", "spectra", "spectral_norm_bound", "truncate"]
 
 EXACT_SIDE = 1024  # cubic work beyond: a second for a square of this side on one CPU thread
+FEW = 4  # times as many columns as the range that is looked for: from there on the randomized decomposition is cheaper
 OVERSAMPLING = 8
-POWER_ITERATIONS = 2  # the tail's singular values count by their fifth power in the range that is found
+POWER_ITERATIONS = 4  # the tail's singular values count by their ninth power in the range that is found
 SQUARINGS = 4  # the Schatten-32 norm exceeds the spectral norm by at most the 32nd root of the rank, 1.3 for 4096
 
 
@@ -107,7 +108,7 @@ def spectra(decoder: Decoder, directions: Mapping[str, Tensor], grid: tuple[int,
             v = directions[name].mT if transposed else directions[name]
             ranks = tuple(r for r in grid if _worthwhile(v, r) is not None)
             if ranks:
-                left, singular, right = _svd(v[0], ranks[-1] + 1)
+                left, singular, right = _svd(v[0], ranks[-1] + 1, exact=True)
                 found[name] = Spectrum(left[:, : ranks[-1]], right[:, : ranks[-1]], singular, ranks)
     return found
 
@@ -162,7 +163,7 @@ def _record(energy: dict[str, float], name: str, v: Tensor, factors: LowRank) ->
 
 
 def _decompose(v: Tensor, rank: int, bounded: bool) -> LowRank:
-    found = [_svd(each, rank) for each in v]
+    found = [_svd(each, rank, exact=bounded) for each in v]
     left, singular, right = (torch.stack(parts) for parts in zip(*found, strict=True))
     if not bounded:
         return LowRank(left, right, singular)
@@ -184,9 +185,9 @@ def _residual(v: Tensor, left: Tensor, singular: Tensor, right: Tensor) -> tuple
     return spectral_norm_bound(tail) * up, float(leak) * up, float(v.norm()) * up, float(defect) * up
 
 
-def _svd(v: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading singular vectors and values: (O, r), (r), (I, r)."""
-    if min(v.shape) <= EXACT_SIDE:
+def _svd(v: Tensor, rank: int, *, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular vectors and values: (O, r), (r), (I, r); ``exact`` up to ``EXACT_SIDE``."""
+    if min(v.shape) <= EXACT_SIDE and (exact or min(v.shape) <= FEW * (rank + OVERSAMPLING)):
         left, singular, right = torch.linalg.svd(v, full_matrices=False)
     else:
         generator = torch.Generator().manual_seed(0)
