@@ -85,14 +85,14 @@ def test_claims_can_fail() -> None:
     assert not claims(rows, "identity", 0.5)[0]["holds"]
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    out = tmp_path_factory.mktemp("demo")
-    return out, run(out, seeds=SEEDS, fast=True, device="cpu")
+def test_a_small_run_shows_what_the_demo_claims(tmp_path: Path) -> None:
+    """One test, because tests share the cores and the run takes half a minute."""
+    result = run(tmp_path, seeds=SEEDS, fast=True, device="cpu")
+    _check_claims(tmp_path, result)
+    _check_files(tmp_path, result)
 
 
-def test_a_small_run_shows_what_the_demo_claims(small: tuple[Path, dict[str, Any]]) -> None:
-    out, result = small
+def _check_claims(out: Path, result: dict[str, Any]) -> None:
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     assert [(row["seed"], row["arm"]) for row in rows] == [(seed, arm) for seed in SEEDS for arm in ARMS]
     for seed in SEEDS:
@@ -103,8 +103,8 @@ def test_a_small_run_shows_what_the_demo_claims(small: tuple[Path, dict[str, Any
     assert {claim["name"]: claim["holds"] for claim in result["claims"]}["matched steps"]
 
 
-def test_a_run_leaves_what_the_verbs_would(small: tuple[Path, dict[str, Any]]) -> None:
-    out, result = small
+def _check_files(out: Path, result: dict[str, Any]) -> None:
+    """The run leaves what the command line's verbs would."""
     scores = pq.read_table(out / "score" / "scores.parquet")
     truth = [json.loads(line)["id"] for line in (out / "corpus" / "negatives.jsonl").read_text().splitlines()]
     assert scores.column("id").to_pylist() == truth

@@ -17,6 +17,11 @@ from u2a_fast.cli.session import progress, refuse_existing, verb
 from u2a_fast.influence.modes import EXACT_MODES
 from u2a_fast.store import ScoreSummary, score_to_parquet
 
+USED_BY = {
+    "rank": (o.ModeKind.lowrank, o.ModeKind.shortlist),
+    "fraction": (o.ModeKind.layers, o.ModeKind.shortlist),
+}
+
 SCORING: o.Group = {
     "dtype": (o.option(o.DtypeKind, "Precision of the scoring passes."), o.DtypeKind.auto),
     "mode": (
@@ -89,6 +94,11 @@ def score(context: typer.Context) -> None:
 def _check_options(p: Mapping[str, Any]) -> None:
     if p["top_k"] is not None and p["mode"] not in EXACT_MODES:
         raise ValueError(f"[score] expected --mode out of {list(EXACT_MODES)} with --top-k, got {str(p['mode'])!r}")
+    for name, modes in USED_BY.items():
+        by_rank = name == "rank" and p["top_k"] is not None
+        if p[name] is not None and p["mode"] not in modes and not by_rank:
+            expected = f"--mode {' or '.join(modes)}{', or --top-k,' if name == 'rank' else ''}"
+            raise ValueError(f"[score] expected {expected} with --{name}, got {str(p['mode'])!r}")
     for name in ("per_token", "per_module"):
         if p[name] and (p["mode"] not in EXACT_MODES or p["top_k"] is not None):
             got = "--top-k" if p["top_k"] is not None else repr(str(p["mode"]))
