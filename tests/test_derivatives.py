@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import tiny_models as tiny
@@ -159,6 +160,20 @@ def test_unscored_tail_and_right_padding_change_nothing(derivatives: Derivatives
         )
         or relative_error(derivatives(model, padded, v), derivatives(model, batch, v)) <= 1e-13
     )
+
+
+@pytest.mark.parametrize("mode", ["forward", "reverse", "lowrank"])
+def test_what_is_set_up_once_gives_the_same_bits_in_every_call(mode: str) -> None:
+    model, batch = tiny.build("llama", torch.float32), tiny.examples(12)
+    v = tiny.direction(model)
+    options: dict[str, Any] = {"mode": mode, "rank": 4, "token_budget": 64}
+    derivatives = u2a_fast.DirectionalDerivatives(model, v, **options)
+    assert derivatives.choice.mode == mode
+    for some in (batch, batch[:5], batch):
+        assert torch.equal(derivatives(some), u2a_fast.directional_derivatives(model, some, v, **options))
+    assert u2a_fast.DirectionalDerivatives(model, [v, v])(batch).shape == (2, 12)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        derivatives(batch)
 
 
 def test_same_run_same_bits(derivatives: Derivatives) -> None:

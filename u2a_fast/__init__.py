@@ -7,7 +7,7 @@ from u2a_fast import ops
 from u2a_fast.influence.breakdown import module_derivatives, token_derivatives
 from u2a_fast.influence.index import GradientIndex
 from u2a_fast.influence.objectives import DPO, SFT, Reward
-from u2a_fast.influence.routes import directional_derivatives
+from u2a_fast.influence.routes import DirectionalDerivatives, directional_derivatives
 from u2a_fast.influence.scorer import InfluenceScorer, Scores
 from u2a_fast.influence.selftest import selftest
 from u2a_fast.influence.signal import signal_check
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DPO",
     "SFT",
+    "DirectionalDerivatives",
     "GradientIndex",
     "InfluenceScorer",
     "Reward",

@@ -1,9 +1,9 @@
 """Directions truncated to low rank: which matrices, by which decomposition, and what is lost.
 
 Every weight of a linear layer whose factors are cheaper than itself, r (I + O) < I O, is truncated by a randomized
-singular value decomposition (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1) from a fixed seed, or by an exact
-one where that is as cheap or where a bound of what is lost is to be tight. Norms, biases, embeddings (whose contraction
-only looks up rows) and LoRA's factors stay exact. The LM head's weight is truncated for its use as a head.
+singular value decomposition (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1) from a fixed seed, or by an
+exact one where that is as cheap or where a bound of what is lost is to be tight. Norms, biases, embeddings (whose
+contraction only looks up rows) and LoRA's factors stay exact. The LM head's weight is truncated for its use as a head.
 """
 
 from collections.abc import Mapping

@@ -21,7 +21,17 @@ from u2a_fast.influence.lowrank import check_rank, truncate
 from u2a_fast.models.decoder import Decoder
 from u2a_fast.models.memory import Room, TokenBudget
 
-__all__ = ["MODES", "Choice", "Pass", "directional_derivatives", "make_pass", "preflight", "run_batches", "run_parts"]
+__all__ = [
+    "MODES",
+    "Choice",
+    "DirectionalDerivatives",
+    "Pass",
+    "directional_derivatives",
+    "make_pass",
+    "preflight",
+    "run_batches",
+    "run_parts",
+]
 
 MODES = ("auto", "forward", "reverse", "lowrank")
 
@@ -193,17 +203,68 @@ def directional_derivatives(
         ValueError: a name, a shape, an example or an option is wrong.
         NotImplementedError: a selected module, or the way the model mixes tokens, is not understood.
     """
-    directions = [direction] if isinstance(direction, Mapping) else list(direction)
+    return DirectionalDerivatives(
+        model,
+        direction,
+        reduction=reduction,
+        mode=mode,
+        rank=rank,
+        token_budget=token_budget,
+        dtype=dtype,
+        batch_invariant=batch_invariant,
+    )(examples)
+
+
+class DirectionalDerivatives:
+    """``directional_derivatives`` of one model along one direction or K, set up once for many calls.
+
+    Setting up tries the model on short examples, casts the directions and, for ``"lowrank"``, decomposes them: as long
+    as scoring some tens of examples. The model's parameters must stay as they are from then on.
+
+    Args:
+        model, direction, reduction, mode, rank, token_budget, dtype, batch_invariant: as the function takes them.
+
+    Attributes:
+        choice: the route taken and why.
+
+    Raises:
+        ValueError, NotImplementedError: as the function does, from here on or for the examples of a call.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        direction: Direction | Sequence[Direction],
+        *,
+        reduction: str = "mean",
+        mode: str = "auto",
+        rank: int = 16,
+        token_budget: int | TokenBudget | None = None,
+        dtype: torch.dtype | None = None,
+        batch_invariant: bool = False,
+    ) -> None:
+        _refuse_inference_mode()
+        self._single = isinstance(direction, Mapping)
+        directions = [direction] if isinstance(direction, Mapping) else list(direction)
+        made = make_pass(model, directions, mode=mode, rank=rank, reduction=reduction, dtype=dtype)
+        self._passes, self.choice = made
+        self._budget = as_budget(token_budget, self._passes.decoder.device, batch_invariant=batch_invariant)
+
+    def __call__(self, examples: Sequence[Example]) -> Tensor:
+        """(B), or (K, B) for a list of directions, as ``directional_derivatives`` returns them."""
+        _refuse_inference_mode()
+        passes = self._passes
+        out_dtype = torch.float64 if passes.double else torch.float32
+        out = torch.empty(passes.count, len(examples), dtype=out_dtype, device=passes.decoder.device)
+        with passes.running():
+            found = self._budget.fit(
+                passes.kind, lambda room: [(at, out.derivatives) for at, out in run_batches(passes, examples, room)]
+            )
+        for positions, derivatives in found:  # after the last batch: on a GPU an index waits for all that runs
+            out[:, positions] = derivatives
+        return out[0] if self._single else out
+
+
+def _refuse_inference_mode() -> None:
     if torch.is_inference_mode_enabled():
         raise RuntimeError("[directional_derivatives] expected to be called outside of torch.inference_mode()")
-    passes, _ = make_pass(model, directions, mode=mode, rank=rank, reduction=reduction, dtype=dtype)
-    budget = as_budget(token_budget, passes.decoder.device, batch_invariant=batch_invariant)
-    out_dtype = torch.float64 if passes.double else torch.float32
-    out = torch.empty(passes.count, len(examples), dtype=out_dtype, device=passes.decoder.device)
-    with passes.running():
-        found = budget.fit(
-            passes.kind, lambda room: [(at, out.derivatives) for at, out in run_batches(passes, examples, room)]
-        )
-    for positions, derivatives in found:  # after the last batch: on a GPU an index waits for all that runs
-        out[:, positions] = derivatives
-    return out[0] if isinstance(direction, Mapping) else out

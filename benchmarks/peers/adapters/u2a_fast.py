@@ -1,30 +1,26 @@
-"""u2a_fast by its public function; a mode of the scorer is a contestant where this version has it."""
+"""u2a_fast by its public interface; a mode of the scorer is a contestant where this version has it."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.task import Example, Scorer, Task, linears, mean_nll, ordered
-from u2a_fast import directional_derivatives, ops
+from benchmarks.peers.task import Scorer, Task, linears, mean_nll, ordered
+from u2a_fast import DirectionalDerivatives, ops
 from u2a_fast.influence.routes import MODES
 
 
 def modes() -> tuple[str, ...]:
-    """Names that ``directional_derivatives`` takes as its mode in this version."""
+    """Names that ``DirectionalDerivatives`` takes as its mode in this version."""
     return MODES
 
 
 def _scorer(task: Task, **options: Any) -> Scorer:
     model, direction = task.model, task.direction
-
-    def score(examples: Sequence[Example]) -> Tensor:
-        # user code: reverse forward lowrank reverse_bf16 forward_bf16 lowrank_bf16
-        return directional_derivatives(model, examples, direction, **options)
-        # end
-
+    # user code: reverse forward lowrank reverse_bf16 forward_bf16 lowrank_bf16
+    score = DirectionalDerivatives(model, direction, **options)
+    # end
     return score
 
 
