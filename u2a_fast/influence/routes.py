@@ -246,8 +246,7 @@ class DirectionalDerivatives:
         _refuse_inference_mode()
         self._single = isinstance(direction, Mapping)
         directions = [direction] if isinstance(direction, Mapping) else list(direction)
-        made = make_pass(model, directions, mode=mode, rank=rank, reduction=reduction, dtype=dtype)
-        self._passes, self.choice = made
+        self._passes, self.choice = make_pass(model, directions, mode=mode, rank=rank, reduction=reduction, dtype=dtype)
         self._budget = as_budget(token_budget, self._passes.decoder.device, batch_invariant=batch_invariant)
 
     def __call__(self, examples: Sequence[Example]) -> Tensor:
