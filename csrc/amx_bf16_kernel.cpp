@@ -226,9 +226,7 @@ class LongRows<TileEngine, BFloat16> {
         copy_((kept_ ? round_up(rows, E::MR) : E::MR) * stride_ * sizeof(BFloat16)) {}
 
   void load(int64_t r) {
-    ahead_ = a_.data + (r + E::MR) * a_.row;
-    ahead_rows_ = E::MR;
-    ahead_column_ = 0;
+    next_ = {a_.data + (r + E::MR) * a_.row, a_.row, E::MR, depth_};
     if (reads_in_place(r)) return;
     BFloat16* to = copy_.as<BFloat16>() + copied(r) * stride_;
     for (int64_t i = 0; i < E::MR; ++i, to += stride_) {
@@ -245,26 +243,14 @@ class LongRows<TileEngine, BFloat16> {
     const BFloat16* upper = (here ? a_.data + r * row : copy_.as<BFloat16>() + copied(r) * row) + depth;
     E::multiply_next(upper, upper + E::W * row, kLine, row * sizeof(BFloat16), b, k, c, [&](int64_t share) {
       beside(share);
-      ask_ahead();
+      next_.ask(kLines);
     });
   }
   void finish(float* c) const { E::store_sums(c, E::NR); }
 
  private:
-  static constexpr int64_t kLine = 64 / sizeof(BFloat16);
-
-  // Asks for the next panel's rows in the order of memory, in which the hardware reads on by itself: 4 lines a share
-  // are all of them where B has 256 columns. Behind the last row there may be anything, since nothing is read.
-  void ask_ahead() {
-    for (int64_t line = 0; line < 4 && ahead_rows_ > 0; ++line) {
-      __builtin_prefetch(ahead_ + ahead_column_, 0, 2);
-      ahead_column_ += kLine;
-      if (ahead_column_ < depth_) continue;
-      ahead_column_ = 0;
-      ahead_ += a_.row;
-      --ahead_rows_;
-    }
-  }
+  // So many a share are all of the next panel where B has 256 columns.
+  static constexpr int64_t kLine = 64 / sizeof(BFloat16), kLines = 4;
 
   bool reads_in_place(int64_t r) const { return in_place_ && r + E::MR <= rows_; }
   int64_t copied(int64_t r) const { return kept_ ? r : 0; }
@@ -273,8 +259,7 @@ class LongRows<TileEngine, BFloat16> {
   int64_t rows_, depth_, stride_;
   bool in_place_, kept_;
   Buffer copy_;
-  const BFloat16* ahead_ = nullptr;
-  int64_t ahead_rows_ = 0, ahead_column_ = 0;
+  RowsAhead<BFloat16> next_;
 };
 
 }  // namespace

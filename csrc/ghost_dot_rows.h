@@ -9,6 +9,31 @@
 namespace u2a {
 namespace {
 
+// Asks memory for rows that are needed next, in the order of memory, in which the hardware reads on by itself. Behind
+// the last row of a matrix there may be anything, since nothing is read.
+template <class T>
+class RowsAhead {
+ public:
+  RowsAhead() = default;
+  RowsAhead(const T* first, int64_t stride, int64_t rows, int64_t columns)
+      : row_(first), stride_(stride), rows_(rows), columns_(columns) {}
+
+  void ask(int64_t lines) {
+    for (int64_t line = 0; line < lines && rows_ > 0; ++line) {
+      __builtin_prefetch(row_ + column_, 0, 2);
+      column_ += 64 / sizeof(T);
+      if (column_ < columns_) continue;
+      column_ = 0;
+      row_ += stride_;
+      --rows_;
+    }
+  }
+
+ private:
+  const T* row_ = nullptr;
+  int64_t stride_ = 0, rows_ = 0, columns_ = 0, column_ = 0;
+};
+
 // Rows of A, each `depth` long, as the row form multiplies them. Where no other pass needs them they are not kept: MR
 // rows take the place of those before, which the caches still hold. This one packs; engines that need not have their
 // own.
@@ -19,7 +44,10 @@ class LongRows {
       : a_(a), rows_(rows), kept_(kept), panels_(kept ? rows : E::MR, depth, true) {}
 
   // Comes before the first product of the MR rows from r on.
-  void load(int64_t r) { E::pack_a(a_.from_row(r), rows_ - r, panels_.depth(), panel(r)); }
+  void load(int64_t r) {
+    E::pack_a(a_.from_row(r), rows_ - r, panels_.depth(), panel(r));
+    next_ = {a_.data + (r + E::MR) * a_.row, a_.row, E::MR, panels_.depth()};
+  }
 
   // Those rows, k of their depths from `depth` on, times a panel of B. A tile may reach c (MR x NR) as late as in the
   // next call, which calls beside(share) for each of kShares while c holds it; finish(c) brings the last.
@@ -27,6 +55,7 @@ class LongRows {
   void multiply(int64_t r, int64_t depth, const typename E::Packed* b, int64_t k, typename E::Accumulate* c,
                 const Beside& beside) {
     for (int64_t share = 0; share < E::kShares; ++share) beside(share);
+    next_.ask(2 * E::MR);
     E::multiply(panel(r) + E::a_panel_size(depth), b, k, c, E::NR, false);
   }
   void finish(typename E::Accumulate*) const {}
@@ -38,6 +67,7 @@ class LongRows {
   int64_t rows_;
   bool kept_;
   Panels<E> panels_;
+  RowsAhead<T> next_;
 };
 
 // Row sums of a panel's tiles times g, in vectors until the last tile is in.
@@ -46,20 +76,29 @@ class RowDots {
   using S = typename E::Accumulate;
   using Mask = decltype(Vec<S>{} < Vec<S>{});
   static constexpr int W = kLanes<S>, kRows = E::MR / E::kShares;
+  // The next panel is asked for in shares as large as those of this one: row after row beside the tile unit, which is
+  // fast enough to wait for memory, else column after column, as it will be read.
+  static constexpr bool kInOrder = E::kShares > 1;
+  static constexpr int64_t kLines = kRows * (E::NR * int64_t(sizeof(T)) + 63) / 64;
   static_assert(E::MR % E::kShares == 0, "shares are equal");
 
  public:
-  RowDots(const T* g, int64_t stride, int64_t count) : g_(g), stride_(stride), count_(count) {}
+  // Of rows `first` to first + count - 1 of g, `columns` of each from `column` on.
+  RowDots(const View<T>& g, int64_t first, int64_t count, int64_t column, int64_t columns)
+      : g_(g.from_row(first).data + column),
+        stride_(g.row),
+        count_(count),
+        next_(g_ + E::MR * stride_, stride_, E::MR, columns) {}
 
   // Takes in a share of the rows of a tile of `columns` columns from `column` on.
   void add(const S* tile, int64_t column, int64_t columns, int64_t share) {
     const int64_t first = share * kRows, end = smaller(first + kRows, count_);
     const T* from = g_ + first * stride_ + column;
     const S* row = tile + first * E::NR;
+    if constexpr (kInOrder) next_.ask(kLines);
     if (columns < E::NR) return add_part(from, row, columns, first, end);
     for (int64_t t = first; t < end; ++t, from += stride_, row += E::NR) {
-      // Beside tile loads, prefetches cost more than they bring.
-      if constexpr (E::kShares == 1)
+      if constexpr (!kInOrder)
         for (int64_t c = 0; c < E::NR; c += 64 / sizeof(T)) __builtin_prefetch(from + E::MR * stride_ + c, 0, 2);
       E::add_dot(from, row, sum_ + t);
     }
@@ -84,6 +123,7 @@ class RowDots {
 
   const T* g_;
   int64_t stride_, count_;
+  RowsAhead<T> next_;
   Vec<S> sum_[E::MR] = {};
 };
 
@@ -158,8 +198,9 @@ class TokenDots {
           for (int64_t r = 0; r < rows; r += E::MR) {
             if (!wanted_[(first + r) / E::MR]) continue;
             if (j == 0 && c == 0) a.load(r);
-            RowDots<E, T> dots(g_.from_row(first + r).data + o + c, g_.row, smaller<int64_t>(E::MR, rows - r));
-            add_panel(a, r, b, j * width + c, smaller(blocking_.cached, columns - c), dots);
+            const int64_t some = smaller(blocking_.cached, columns - c);
+            RowDots<E, T> dots(g_, first + r, smaller<int64_t>(E::MR, rows - r), o + c, some);
+            add_panel(a, r, b, j * width + c, some, dots);
             for (int64_t t = r; t < smaller(r + E::MR, rows); ++t)
               rows_[(k + j) * op_.n + first + t] += dots.sum(t - r);
           }

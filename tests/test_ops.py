@@ -469,6 +469,18 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ValueError,
         "cu_seqlens to be non-decreasing, got 4 then 3 at position 1",
     ),
+    (  # so many that they are checked by NumPy
+        "ghost_dot",
+        ghost(cu_seqlens=offsets(*[0] * 700, 4, 3, *[6] * 700)),
+        ValueError,
+        "cu_seqlens to be non-decreasing, got 4 then 3 at position 700",
+    ),
+    (
+        "ghost_dot",
+        ghost(cu_seqlens=offsets(*[0] * 700, 5)),
+        ValueError,
+        "cu_seqlens to end at N = 6 (from a), got 5",
+    ),
     ("grad_sketch", sketch(dim=31), ValueError, "dim an int from 32 to 8192, got 31"),
     ("grad_sketch", sketch(dim=64.0), ValueError, "dim an int from 32 to 8192, got 64.0"),
     ("grad_sketch", sketch(seed=-1), ValueError, "seed an int from 0 to 9223372036854775807, got -1"),

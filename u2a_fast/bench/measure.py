@@ -1,9 +1,10 @@
 """One op at one size against its reference, plain PyTorch and the machine's ceilings; timed only if it is right.
 
 A case is timed only after its result on the same arguments is within the error budget of ``u2a_fast.testing`` against
-the float64 reference. Rates count the flops of the algorithm and the fewest bytes it can move. The ceilings, a large
-square matrix product in the case's dtype, a large copy and a large triad (x + s y into z, as the STREAM benchmark has
-it), are measured in the same rounds; the faster of the last two is the memory's rate.
+the float64 reference. The op is timed as users call it and, as "kernel", below its argument checks and autograd. Rates
+count the flops of the algorithm and the fewest bytes it can move. The ceilings, a large square matrix product in the
+case's dtype, a large copy and a large triad (x + s y into z, as the STREAM benchmark has it), are measured in the same
+rounds; the faster of the last two is the memory's rate.
 """
 
 import math
@@ -63,6 +64,11 @@ def _input_sets(arguments: dict[str, Any], device: str) -> list[dict[str, Any]]:
     return [arguments, *({name: make() for name, make in clone.items()} for _ in range(min(sets, 32) - 1))]
 
 
+def _below_checks(op: str) -> Callable[..., Any]:
+    """The op without argument checks and autograd: on a small layer these take as long as its products."""
+    return torch.inference_mode()(getattr(torch.ops.u2a_fast, op).default)
+
+
 def _rotating(function: Callable[..., Any], sets: Sequence[dict[str, Any]]) -> Task:
     return lambda i: function(**sets[i % len(sets)])
 
@@ -71,6 +77,7 @@ def _tasks(case: Case, sets: Sequence[dict[str, Any]], settings: Settings) -> di
     products = [bare_product(case, arguments)[0] for arguments in sets]
     return {
         "op": _rotating(getattr(ops, case.op), sets),
+        "kernel": _rotating(_below_checks(case.op), sets),
         "reference": _rotating(getattr(reference, case.op), sets),
         "composition": _rotating(COMPOSITIONS[case.op], sets),
         "product": lambda i: products[i % len(products)](),
@@ -107,12 +114,14 @@ def _summary(case: Case, samples: dict[str, list[float]], product_flops: int, se
         "flops": flops,
         "bytes": moved,
         "seconds": Spread.of(samples["op"]).to_list(),
+        "kernel_seconds": Spread.of(samples["kernel"]).to_list(),
         "rounds": settings.rounds,
         "gflops": flops / seconds["op"] / 1e9,
         "gbytes": moved / seconds["op"] / 1e9,
         "gemm_gflops": gemm / 1e9,
         "copy_gbytes": copy / 1e9,
         "triad_gbytes": triad / 1e9,
+        "kernel_of_gemm": flops / seconds["kernel"] / gemm,
         "of_gemm": flops / seconds["op"] / gemm,
         "of_copy": moved / seconds["op"] / copy,
         "of_limit": max(flops / gemm, moved / max(copy, triad)) / seconds["op"],
