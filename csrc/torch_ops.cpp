@@ -64,9 +64,9 @@ struct AttentionTensors {
 
 std::tuple<Tensor, Tensor, Tensor> run_attention(AttentionTensors& in, int64_t k) {
   u2a::Attention& op = in.attention;
-  Tensor out = empty(in.q, {op.n, op.h, op.f}, in.q.scalar_type());
-  Tensor lse = empty(in.q, {op.n, op.h}, accumulation_type(in.q));
-  Tensor dout = empty(in.q, {k, op.n, op.h, op.f}, in.q.scalar_type());
+  Tensor out = empty({op.n, op.h, op.f}, in.q.scalar_type());
+  Tensor lse = empty({op.n, op.h}, accumulation_type(in.q));
+  Tensor dout = empty({k, op.n, op.h, op.f}, in.q.scalar_type());
   op.k_directions = k;
   op.out = out.mutable_data_ptr(), op.lse = lse.mutable_data_ptr(), op.dout = dout.mutable_data_ptr();
   u2a::kernels_for(op.dtype).attention(op, torch_threads());
@@ -91,8 +91,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_in, con
   check_like(out, q, {op.n, op.h, op.f}, "out");
   STD_TORCH_CHECK(lse.scalar_type() == accumulation_type(q), "lse: expected the accumulation dtype");
   check_like(lse, lse, {op.n, op.h}, "lse");
-  Tensor dq = empty(q, {op.n, op.h, op.e}, q.scalar_type()), dk = empty(q, {op.n, op.g, op.e}, q.scalar_type());
-  Tensor dv = empty(q, {op.n, op.g, op.f}, q.scalar_type());
+  Tensor dq = empty({op.n, op.h, op.e}, q.scalar_type()), dk = empty({op.n, op.g, op.e}, q.scalar_type());
+  Tensor dv = empty({op.n, op.g, op.f}, q.scalar_type());
   u2a::kernels_for(op.dtype).attention_backward({op, heads(grad), heads(out), lse.const_data_ptr(),
                                                  dq.mutable_data_ptr(), dk.mutable_data_ptr(), dv.mutable_data_ptr()},
                                                 torch_threads());
@@ -124,7 +124,7 @@ Tensor ghost_dot(const Tensor& a_in, const Tensor& g_in, const Tensor& cu_seqlen
   const Tensor v = side_by_side ? v_in : readable(v_in);
   const auto directions = side_by_side ? u2a::Directions{v.const_data_ptr(), {1, v.stride(1), v.stride(2)}}
                                        : u2a::Directions::of_rows(matrix(v), o);
-  Tensor out = empty(a, {k, b}, accumulation_type(a));
+  Tensor out = empty({k, b}, accumulation_type(a));
   const u2a::DType dtype = dtype_of(a);
   u2a::kernels_for(dtype).ghost_dot({dtype, matrix(a), matrix(g), offsets.const_data_ptr<int32_t>(), directions, n, b,
                                      k, i, o, out.mutable_data_ptr()},
@@ -142,7 +142,7 @@ Tensor ghost_dot_lowrank(const Tensor& a_in, const Tensor& g_in, const Tensor& c
   check_like(right_in, a_in, {k, i, r}, "right");
   const Tensor a = readable(a_in), g = readable(g_in), left = readable(left_in), right = readable(right_in);
   const Tensor offsets = checked_offsets(cu_seqlens, n);
-  Tensor out = empty(a, {k, b}, accumulation_type(a));
+  Tensor out = empty({k, b}, accumulation_type(a));
   const u2a::DType dtype = dtype_of(a);
   u2a::kernels_for(dtype).ghost_dot_lowrank({dtype, matrix(a), matrix(g), offsets.const_data_ptr<int32_t>(),
                                              matrix(left), matrix(right), n, b, k, i, o, r, out.mutable_data_ptr()},
@@ -155,7 +155,7 @@ Tensor ghost_norm(const Tensor& a_in, const Tensor& g_in, const Tensor& cu_seqle
   check_like(a_in, a_in, {n, i}, "a");
   check_like(g_in, a_in, {n, o}, "g");
   const Tensor a = readable(a_in), g = readable(g_in), offsets = checked_offsets(cu_seqlens, n);
-  Tensor out = empty(a, {b}, accumulation_type(a));
+  Tensor out = empty({b}, accumulation_type(a));
   const u2a::DType dtype = dtype_of(a);
   u2a::kernels_for(dtype).ghost_norm(
       {dtype, matrix(a), matrix(g), offsets.const_data_ptr<int32_t>(), n, b, i, o, out.mutable_data_ptr()},
@@ -173,7 +173,7 @@ Tensor grad_project(const Tensor& a_in, const Tensor& g_in, const Tensor& cu_seq
   check_like(p_out_in, a_in, {o, q}, "p_out");
   const Tensor a = readable(a_in), g = readable(g_in), p_in = readable(p_in_in), p_out = readable(p_out_in);
   const Tensor offsets = checked_offsets(cu_seqlens, n);
-  Tensor out = empty(a, {b, q, p}, accumulation_type(a));
+  Tensor out = empty({b, q, p}, accumulation_type(a));
   const u2a::DType dtype = dtype_of(a);
   u2a::kernels_for(dtype).grad_project({dtype, matrix(a), matrix(g), offsets.const_data_ptr<int32_t>(), matrix(p_in),
                                         matrix(p_out), n, b, i, o, p, q, out.mutable_data_ptr()},
@@ -187,7 +187,7 @@ Tensor grad_sketch(const Tensor& a_in, const Tensor& g_in, const Tensor& cu_seql
   check_like(g_in, a_in, {n, o}, "g");
   STD_TORCH_CHECK(dim >= 32 && dim <= 8192, "dim: expected 32 to 8192");
   const Tensor a = readable(a_in), g = readable(g_in), offsets = checked_offsets(cu_seqlens, n);
-  Tensor out = empty(a, {b, dim}, accumulation_type(a));
+  Tensor out = empty({b, dim}, accumulation_type(a));
   const u2a::DType dtype = dtype_of(a);
   u2a::kernels_for(dtype).grad_sketch({dtype, matrix(a), matrix(g), offsets.const_data_ptr<int32_t>(), n, b, i, o, dim,
                                        static_cast<uint64_t>(seed), out.mutable_data_ptr()},
@@ -231,7 +231,7 @@ std::tuple<Tensor, Tensor, Tensor> run_logprob(const HeadTensors& in, const Opti
   const Readable dh(dh_in), dweight(dweight_in);
   const OptionalTensor dbias = dense(dbias_in);
   const ScalarType dtype = accumulation_type(in.h);
-  Tensor logp = empty(in.h, {n}, dtype), lse = empty(in.h, {n}, dtype), jvp = empty(in.h, {k, n}, dtype);
+  Tensor logp = empty({n}, dtype), lse = empty({n}, dtype), jvp = empty({k, n}, dtype);
   u2a::kernels_for(in.head.dtype)
       .linear_logprob({in.head, dh.rows(), dweight.rows(), data(dbias), k, logp.mutable_data_ptr(),
                        lse.mutable_data_ptr(), jvp.mutable_data_ptr()},
@@ -268,8 +268,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprob_backward(const Tensor& grad_lo
   check_like(lse, lse, {n}, "lse");
   check_like(grad_logp, lse, {n}, "grad_logp");
   check_like(grad_lse, lse, {n}, "grad_lse");
-  Tensor grad_h = empty(h, {need_h ? n : 0, d}, h.scalar_type());
-  Tensor grad_weight = empty(h, {need_weight ? v : 0, d}, dtype), grad_bias = empty(h, {need_weight ? v : 0}, dtype);
+  Tensor grad_h = empty({need_h ? n : 0, d}, h.scalar_type());
+  Tensor grad_weight = empty({need_weight ? v : 0, d}, dtype), grad_bias = empty({need_weight ? v : 0}, dtype);
   u2a::kernels_for(in.head.dtype)
       .linear_logprob_backward(
           {in.head, grad_logp.const_data_ptr(), grad_lse.const_data_ptr(), lse.const_data_ptr(),
@@ -285,7 +285,7 @@ std::tuple<Tensor, Tensor> glu_jvp(const Tensor& gate_in, const Tensor& up_in, c
   for (const auto& [name, x] : {std::pair("gate", &gate_in), {"up", &up_in}, {"dgate", &dgate_in}, {"dup", &dup_in}})
     check_like(*x, gate_in, {n, i}, name);
   const Tensor gate = readable(gate_in), up = readable(up_in), dgate = readable(dgate_in), dup = readable(dup_in);
-  Tensor y = empty(gate, {n, i}, gate.scalar_type()), dy = empty(gate, {n, i}, gate.scalar_type());
+  Tensor y = empty({n, i}, gate.scalar_type()), dy = empty({n, i}, gate.scalar_type());
   const u2a::DType dtype = dtype_of(gate);
   u2a::kernels_for(dtype).glu_jvp({dtype, matrix(gate), matrix(up), matrix(dgate), matrix(dup), gelu, n, i,
                                    y.mutable_data_ptr(), dy.mutable_data_ptr()},
@@ -303,7 +303,7 @@ std::tuple<Tensor, Tensor> rms_norm_jvp(const Tensor& x_in, const Tensor& dx_in,
   STD_TORCH_CHECK(scale.scalar_type() == accumulation_type(x), "scale: expected the accumulation dtype");
   check_like(scale, scale, {d}, "scale");
   if (dscale) check_like(*dscale, scale, {d}, "dscale");
-  Tensor y = empty(x, {n, d}, x.scalar_type()), dy = empty(x, {n, d}, x.scalar_type());
+  Tensor y = empty({n, d}, x.scalar_type()), dy = empty({n, d}, x.scalar_type());
   const u2a::DType dtype = dtype_of(x);
   u2a::kernels_for(dtype).rms_norm_jvp({dtype, matrix(x), matrix(dx), scale.const_data_ptr(), data(dscale), eps, n, d,
                                         y.mutable_data_ptr(), dy.mutable_data_ptr()},
@@ -318,7 +318,7 @@ Tensor rotary(const Tensor& x_in, const Tensor& cosine_in, const Tensor& sine_in
   check_like(cosine_in, x_in, {n, e}, "cosine");
   check_like(sine_in, x_in, {n, e}, "sine");
   const Tensor x = with_rows(x_in), cosine = readable(cosine_in), sine = readable(sine_in);
-  Tensor y = empty(x, {n, h, e}, x.scalar_type());
+  Tensor y = empty({n, h, e}, x.scalar_type());
   const u2a::DType dtype = dtype_of(x);
   u2a::kernels_for(dtype).rotary({dtype, heads(x), matrix(cosine), matrix(sine), n, h, e, y.mutable_data_ptr()},
                                  torch_threads());

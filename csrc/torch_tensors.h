@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -44,8 +45,15 @@ ScalarType accumulation_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-Tensor empty(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
-  return torch::stable::new_empty(like, {size.data(), size.size()}, dtype);
+// torch::stable::new_empty looks its operator up by name at every call, which takes longer than some of the kernels.
+Tensor empty(const std::vector<int64_t>& size, ScalarType dtype) {
+  std::vector<int64_t> stride(size.size(), 1);
+  for (size_t axis = size.size(); axis-- > 1;) stride[axis - 1] = stride[axis] * std::max<int64_t>(1, size[axis]);
+  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle tensor = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), stride.data(),
+                                                         type, aoti_torch_device_type_cpu(), 0, &tensor));
+  return Tensor(tensor);
 }
 
 void check_like(const Tensor& x, const Tensor& first, const std::vector<int64_t>& size, const char* name) {

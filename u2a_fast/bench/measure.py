@@ -55,18 +55,22 @@ def _ceilings(dtype: torch.dtype, settings: Settings) -> dict[str, Task]:
     }
 
 
+def _cloned(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+
+
 def _input_sets(arguments: dict[str, Any], device: str) -> list[dict[str, Any]]:
     if device == "cpu":
         return [arguments]
     tensors = [x for x in arguments.values() if isinstance(x, torch.Tensor)]
     sets = math.ceil(CUDA_ROTATION / max(sum(x.nbytes for x in tensors), 1))
-    clone = {name: x.clone if isinstance(x, torch.Tensor) else (lambda x=x: x) for name, x in arguments.items()}
-    return [arguments, *({name: make() for name, make in clone.items()} for _ in range(min(sets, 32) - 1))]
+    return [arguments, *(_cloned(arguments) for _ in range(min(sets, 32) - 1))]
 
 
-def _below_checks(op: str) -> Callable[..., Any]:
-    """The op without argument checks and autograd: on a small layer these take as long as its products."""
-    return torch.inference_mode()(getattr(torch.ops.u2a_fast, op).default)
+def _below_checks(op: str, sets: Sequence[dict[str, Any]]) -> Task:
+    """The op without argument checks and autograd, which on a small layer take as long as its products."""
+    with torch.inference_mode():  # autograd does not see tensors that are made here
+        return _rotating(getattr(torch.ops.u2a_fast, op).default, [_cloned(arguments) for arguments in sets])
 
 
 def _rotating(function: Callable[..., Any], sets: Sequence[dict[str, Any]]) -> Task:
@@ -77,7 +81,7 @@ def _tasks(case: Case, sets: Sequence[dict[str, Any]], settings: Settings) -> di
     products = [bare_product(case, arguments)[0] for arguments in sets]
     return {
         "op": _rotating(getattr(ops, case.op), sets),
-        "kernel": _rotating(_below_checks(case.op), sets),
+        "kernel": _below_checks(case.op, sets),
         "reference": _rotating(getattr(reference, case.op), sets),
         "composition": _rotating(COMPOSITIONS[case.op], sets),
         "product": lambda i: products[i % len(products)](),
