@@ -29,8 +29,8 @@ def _rms_norm(module: Any, offset: float, eps: float, hidden_states: Tensor) -> 
     if pair.tangent is None:
         return type(module).forward(module, hidden_states)
     x, dx = (t.flatten(0, -2) for t in pair)
-    scale = forward_ad.unpack_dual(module.weight.float() + offset)
-    y, dy = ops.rms_norm_jvp(x, dx, scale.primal, scale.tangent, eps)
+    weight, dweight = forward_ad.unpack_dual(module.weight)
+    y, dy = ops.rms_norm_jvp(x, dx, weight.float() + offset, None if dweight is None else dweight.float(), eps)
     shape = hidden_states.shape
     return forward_ad.make_dual(y.view(shape), dy.view(shape))
 
