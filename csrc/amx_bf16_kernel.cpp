@@ -4,19 +4,10 @@ U2A_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,amx-tile,amx-bf16,avx512
 #define U2A_VECTOR_BYTES 64
 #include "bf16_pack.h"
 #include "kernel_set.h"
+#include "tiles.h"
 
 namespace u2a {
 namespace {
-
-// The tile registers' shapes (Intel Architecture SDM vol. 1, 18.3): all eight hold 16 rows of 64 bytes.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// GCC does not tell its optimizer that tile loads read memory.
-inline void memory_fence() { asm volatile("" ::: "memory"); }
 
 // 2 x 2 sums of 16 x 16 from two tiles of A and two of B: each loaded tile is used twice.
 // A panel: per 32 depths two tiles of 16 rows x 16 pairs. B panel: per 32 depths two tiles of 16 pairs x 16 columns.
@@ -26,14 +17,7 @@ struct TileEngine {
   using Packed = uint32_t;
   static constexpr int MR = 32, NR = 32, W = 16, kTile = 16 * 16, kShares = 8;
   static constexpr int kDepth = 32, kProductThirds = 6, kDirectionTokens = 20;
-  struct Scope {
-    Scope() {
-      const TileConfig config;
-      memory_fence();
-      _tile_loadconfig(&config);
-    }
-    ~Scope() { _tile_release(); }
-  };
+  using Scope = TileScope;
 
   static int64_t a_panel_size(int64_t k) { return ceil_div(k, 2 * W) * 2 * kTile; }
   static int64_t b_panel_size(int64_t k) { return a_panel_size(k); }

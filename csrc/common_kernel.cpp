@@ -103,11 +103,22 @@ const Kernels& best_vectors() {
   return kPortable;
 }
 
+bool has_bf16_pairs() { return &best_vectors() == &kAvx512 && __builtin_cpu_supports("avx512bf16"); }
+
+bool has_bf16_tiles() {
+  static const bool has = has_bf16_pairs() && has_tiles() && may_use_tiles();
+  return has;
+}
+
 const Kernels& best_bf16() {
-  const Kernels& vectors = best_vectors();
-  if (&vectors != &kAvx512 || !__builtin_cpu_supports("avx512bf16")) return vectors;
-  if (has_tiles() && may_use_tiles()) return kAmxBf16;
-  return kAvx512Bf16;
+  if (has_bf16_tiles()) return kAmxBf16;
+  return has_bf16_pairs() ? kAvx512Bf16 : best_vectors();
+}
+
+Kernels best_float32() {
+  Kernels kernels = best_vectors();
+  if (has_bf16_tiles()) kernels.linear_logprob = linear_logprob_on_tiles;
+  return kernels;
 }
 
 }  // namespace
@@ -115,7 +126,8 @@ const Kernels& best_bf16() {
 const Kernels& kernels_for(DType dtype) {
   static const Kernels& vectors = best_vectors();
   static const Kernels& bf16 = best_bf16();
-  return dtype == DType::kBFloat16 ? bf16 : vectors;
+  static const Kernels float32 = best_float32();
+  return dtype == DType::kBFloat16 ? bf16 : dtype == DType::kFloat32 ? float32 : vectors;
 }
 #else
 const Kernels& kernels_for(DType) { return kPortable; }

@@ -183,6 +183,7 @@ extern const Kernels kAvx2;        // AVX2 and FMA, all dtypes
 extern const Kernels kAvx512;      // AVX-512 F, BW, DQ and VL, all dtypes
 extern const Kernels kAvx512Bf16;  // AVX-512 BF16, bfloat16 only
 extern const Kernels kAmxBf16;     // AMX BF16, bfloat16 only
+void linear_logprob_on_tiles(const LinearLogprob&, const Parallel&);  // AMX BF16, float32 only
 #endif
 
 // The fastest set that this CPU runs for `dtype`.

@@ -209,6 +209,18 @@ def transposed(x: Tensor, offset: int) -> Tensor:
     return x.movedim(-1, 0).contiguous().movedim(0, -1)
 
 
+def test_head_of_extreme_values() -> None:
+    """Hidden states whose nearest bfloat16 is infinite, and one that is itself: no other row is touched by it."""
+    h = torch.tensor([[3.4e38, 1.0, -3.395e38], [1.0, 2.0, 3.0], [float("inf"), 1.0, 1.0]])
+    weight = torch.tensor([[2.0**-120, 3.0, 2.0**-121], [-(2.0**-119), 0.5, 2.0**-122]])
+    target = torch.tensor([0, 1, 0])
+    got = ops.linear_logprob(h, weight, target)
+    want = ops.linear_logprob(h[:2].double(), weight.double(), target[:2])
+    for part, exact in zip(got, want, strict=True):
+        torch.testing.assert_close(part[:2].double(), exact, rtol=1e-6, atol=1e-6)
+        assert not part[2].isfinite()
+
+
 @pytest.mark.parametrize("view", [in_a_larger_one, transposed])
 @pytest.mark.parametrize("offset", [1, 3])
 @pytest.mark.parametrize("op", OPS)
