@@ -80,19 +80,7 @@ struct TileEngine {
   template <class T, class Beside = NothingBeside>
   static void multiply_tiles(const T* upper, const T* lower, int64_t next, int64_t stride, const Packed* b, int64_t k,
                              float* c, int64_t ldc, bool add, const Beside& beside = {}) {
-    const int64_t row_bytes = ldc * sizeof(float);
-    memory_fence();
-    if (add) {
-      _tile_loadd(0, c, row_bytes);
-      _tile_loadd(1, c + W, row_bytes);
-      _tile_loadd(2, c + W * ldc, row_bytes);
-      _tile_loadd(3, c + W * ldc + W, row_bytes);
-    } else {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-    }
+    start_sums(c, ldc, add);
     const int64_t steps = ceil_div(k, 2 * W);
     for (int64_t step = 0; step < steps; ++step, upper += next, lower += next, b += 2 * kTile) {
       add_step(upper, lower, stride, b);
@@ -135,16 +123,6 @@ struct TileEngine {
       if (step < kShares) beside(step);
     }
     for (int64_t share = larger<int64_t>(1, steps); share < kShares; ++share) beside(share);
-  }
-
-  static void store_sums(float* c, int64_t ldc) {
-    const int64_t row_bytes = ldc * sizeof(float);
-    memory_fence();
-    _tile_stored(0, c, row_bytes);
-    _tile_stored(1, c + W, row_bytes);
-    _tile_stored(2, c + W * ldc, row_bytes);
-    _tile_stored(3, c + W * ldc + W, row_bytes);
-    memory_fence();
   }
 
  private:
@@ -230,7 +208,7 @@ class LongRows<TileEngine, BFloat16> {
       next_.ask(kLines);
     });
   }
-  void finish(float* c) const { E::store_sums(c, E::NR); }
+  void finish(float* c) const { store_sums(c, E::NR); }
 
  private:
   // So many a share are all of the next panel where B has 256 columns.

@@ -63,19 +63,7 @@ struct SplitEngine {
   }
 
   static void multiply(const Packed* a, const Packed* b, int64_t k, float* c, int64_t ldc, bool add) {
-    const int64_t row_bytes = ldc * sizeof(float);
-    memory_fence();
-    if (add) {
-      _tile_loadd(0, c, row_bytes);
-      _tile_loadd(1, c + W, row_bytes);
-      _tile_loadd(2, c + W * ldc, row_bytes);
-      _tile_loadd(3, c + W * ldc + W, row_bytes);
-    } else {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-    }
+    start_sums(c, ldc, add);
     // Parts 0 to 2 are high, middle and low. In this order all steps but the first load the tiles of one operand only.
     for (int64_t j = 0; j < k; j += 2 * W, a += kParts * 2 * kTile, b += kParts * 2 * kTile) {
       load_a(a, 2);
@@ -92,11 +80,7 @@ struct SplitEngine {
       load_b(b, 0);
       add_products();
     }
-    _tile_stored(0, c, row_bytes);
-    _tile_stored(1, c + W, row_bytes);
-    _tile_stored(2, c + W * ldc, row_bytes);
-    _tile_stored(3, c + W * ldc + W, row_bytes);
-    memory_fence();
+    store_sums(c, ldc);
   }
 
  private:

@@ -26,5 +26,32 @@ struct TileScope {
   ~TileScope() { _tile_release(); }
 };
 
+// Registers 0 to 3 are 2 x 2 sums of 16 x 16: zeros, or what c (32 x 32, rows ldc apart) holds.
+inline void start_sums(const float* c, int64_t ldc, bool add) {
+  const int64_t row_bytes = ldc * sizeof(float);
+  memory_fence();
+  if (add) {
+    _tile_loadd(0, c, row_bytes);
+    _tile_loadd(1, c + 16, row_bytes);
+    _tile_loadd(2, c + 16 * ldc, row_bytes);
+    _tile_loadd(3, c + 16 * ldc + 16, row_bytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+}
+
+inline void store_sums(float* c, int64_t ldc) {
+  const int64_t row_bytes = ldc * sizeof(float);
+  memory_fence();
+  _tile_stored(0, c, row_bytes);
+  _tile_stored(1, c + 16, row_bytes);
+  _tile_stored(2, c + 16 * ldc, row_bytes);
+  _tile_stored(3, c + 16 * ldc + 16, row_bytes);
+  memory_fence();
+}
+
 }  // namespace
 }  // namespace u2a
