@@ -7,79 +7,141 @@
 #include "target.h"
 U2A_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,amx-tile,amx-bf16,avx512bf16")
 #define U2A_VECTOR_BYTES 64
-#include "bf16_pack.h"
+#include "ghost_dot.h"
 #include "linear_logprob.h"
 #include "tiles.h"
 
 namespace u2a {
 namespace {
 
-// x, or the next smaller bfloat16 where the nearest one would be an infinity.
-inline __m512 without_overflow(__m512 x) {
-  const __mmask16 large = _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(0x1.ffp127f), _CMP_GE_OQ);
-  return _mm512_castsi512_ps(_mm512_mask_and_epi32(_mm512_castps_si512(x), large, _mm512_castps_si512(x),
-                                                   _mm512_set1_epi32(int(0xffff0000u))));
+// The first `count` of 16 values, zeros for the others, which are not read.
+inline __m512 load_first(const float* from, int64_t count) {
+  if (count >= 16) return _mm512_loadu_ps(from);
+  return _mm512_maskz_loadu_ps(count > 0 ? (1u << count) - 1 : 0, from);
 }
 
-inline __m512 widened_half(__m256i half) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+inline VecU upper_half(VecU bits) { return bits & 0xffff0000u; }
+
+// From here on the nearest bfloat16 is an infinity.
+constexpr float kLargeFloat = 0x1.ffp127f;
+
+// The nearest bfloat16, of two the one away from zero; of a large float the next smaller one, of an infinity itself, of
+// a NaN a NaN or an infinity. Where kNormal there is none of these.
+template <bool kNormal>
+inline __m512 nearest(__m512 x) {
+  const VecU bits = bits_as<VecU>(x);
+  const __m512 near = bits_as<__m512>(upper_half(bits + 0x8000u));
+  if constexpr (kNormal) return near;
+  const __mmask16 large = _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(kLargeFloat), _CMP_NLT_UQ);
+  return _mm512_mask_mov_ps(near, large, bits_as<__m512>(upper_half(bits)));
 }
 
 // x less its part; 0 where that is an infinity.
+template <bool kNormal>
 inline __m512 rest_of(__m512 x, __m512 part) {
-  const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(INFINITY), _CMP_LT_OQ);
-  return _mm512_maskz_sub_ps(finite, x, part);
+  if constexpr (kNormal) return _mm512_sub_ps(x, part);
+  const __mmask16 other = _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(INFINITY), _CMP_NEQ_UQ);
+  return _mm512_maskz_sub_ps(other, x, part);
 }
 
-// 32 values as 16 pairs, in three parts.
-inline void split(const float* from, VecU* high, VecU* middle, VecU* low) {
-  __m512 first = _mm512_loadu_ps(from), second = _mm512_loadu_ps(from + 16);
-  const auto round_off = [&](__m512 x, __m512 y) {
-    const __m512i pairs = (__m512i)_mm512_cvtne2ps_pbh(y, x);
-    first = rest_of(first, widened_half(_mm512_castsi512_si256(pairs)));
-    second = rest_of(second, widened_half(_mm512_extracti64x4_epi64(pairs, 1)));
-    return bits_as<VecU>(pairs);
-  };
-  *high = round_off(without_overflow(first), without_overflow(second));
-  *middle = round_off(first, second);
-  *low = round_off(first, second);
-}
+constexpr int kParts = 3;
+
+// 16 rows by 32 depths in three parts; depths j and j + 16 are a pair.
+struct SplitSquare {
+  static constexpr int W = kLanes<float>;
+  VecU lanes[kParts][W];
+
+  // lanes[.][i]: row i's pairs where `by_row`, else pair i of every row; zeros outside count and k.
+  void load(View<float> source, int64_t count, int64_t k0, int64_t k, bool by_row) {
+    const bool along_depth = source.depth == 1;
+    VecF halves[2][W];
+    VecU largest{};
+    for (int64_t half = 0; half < 2; ++half) {
+      const int64_t first = k0 + half * W, vectors = along_depth ? count : k - first;
+      const int64_t step = along_depth ? source.row : source.depth, length = along_depth ? k - first : count;
+      const float* from = source.data + first * source.depth;
+      for (int64_t i = 0; i < W; ++i, from += step) {
+        const __m512 x = load_first(from, i < vectors ? length : 0);
+        const VecU magnitude = bits_as<VecU>(x) & 0x7fffffffu;
+        largest = magnitude > largest ? magnitude : largest;
+        halves[half][i] = bits_as<VecF>(x);
+      }
+      if (along_depth != by_row) transpose(halves[half]);
+    }
+    // The bits of positive floats have the order of the floats.
+    if (_mm512_cmplt_epu32_mask((__m512i)largest, _mm512_castps_si512(_mm512_set1_ps(kLargeFloat))) == 0xffff)
+      split<true>(halves);
+    else
+      split<false>(halves);
+  }
+
+ private:
+  template <bool kNormal>
+  void split(const VecF (&halves)[2][W]) {
+    for (int i = 0; i < W; ++i) {
+      __m512 first = (__m512)halves[0][i], second = (__m512)halves[1][i];
+      for (int part = 0; part + 1 < kParts; ++part) {
+        const __m512 x = nearest<kNormal>(first), y = nearest<kNormal>(second);
+        lanes[part][i] = joined(x, y);
+        first = rest_of<kNormal>(first, x);
+        second = rest_of<kNormal>(second, y);
+      }
+      lanes[kParts - 1][i] = joined(first, second);  // at most 8 bits are left
+    }
+  }
+  static VecU joined(__m512 x, __m512 y) { return bits_as<VecU>(x) >> 16 | upper_half(bits_as<VecU>(y)); }
+};
 
 // Panels: per 32 depths the tiles of the three parts, two a part, laid out as TileEngine's.
 struct SplitEngine {
   using Accumulate = float;
   using Packed = uint32_t;
-  static constexpr int MR = 32, NR = 32, W = 16, kTile = 16 * 16, kParts = 3;
+  static constexpr int MR = 32, NR = 32, W = 16, kTile = 16 * 16, kShares = 8;
+  static constexpr int kDepth = 1, kProductThirds = 6, kDirectionTokens = 7;  // of the tile form beside it
   using Scope = TileScope;
 
   static int64_t a_panel_size(int64_t k) { return ceil_div(k, 2 * W) * kParts * 2 * kTile; }
   static int64_t b_panel_size(int64_t k) { return a_panel_size(k); }
 
   static void pack_a(View<float> source, int64_t count, int64_t k, Packed* panel) {
-    for_squares(source, count, k, panel, [](VecU(&)[W]) {});
+    pack(source, count, k, panel, true);
   }
   static void pack_b(View<float> source, int64_t count, int64_t k, Packed* panel) {
-    for_squares(source, count, k, panel, [](VecU(&lanes)[W]) { transpose(lanes); });
+    pack(source, count, k, panel, false);
   }
+  static void pack_dotted(View<float> source, int64_t count, int64_t k, Packed* panel) {
+    pack_b(source, count, k, panel);
+  }
+  static int64_t column_of(int64_t x) { return x; }
+  static void add_dot(const float* g, const float* row, VecF* sum) { add_products(g, row, NR, sum); }
 
-  static void multiply(const Packed* a, const Packed* b, int64_t k, float* c, int64_t ldc, bool add) {
+  // The vector units are free while the tile unit multiplies: `beside` has its shares between products.
+  template <class Beside = NothingBeside>
+  static void multiply(const Packed* a, const Packed* b, int64_t k, float* c, int64_t ldc, bool add,
+                       const Beside& beside = {}) {
     start_sums(c, ldc, add);
+    int64_t share = 0;
+    const auto add_parts = [&] {
+      add_tiles();
+      if (share < kShares) beside(share++);
+    };
     // Parts 0 to 2 are high, middle and low. In this order all steps but the first load the tiles of one operand only.
     for (int64_t j = 0; j < k; j += 2 * W, a += kParts * 2 * kTile, b += kParts * 2 * kTile) {
       load_a(a, 2);
       load_b(b, 0);
-      add_products();
+      add_parts();
       load_a(a, 1);
-      add_products();
+      add_parts();
       load_b(b, 1);
-      add_products();
+      add_parts();
       load_a(a, 0);
-      add_products();
+      add_parts();
       load_b(b, 2);
-      add_products();
+      add_parts();
       load_b(b, 0);
-      add_products();
+      add_parts();
     }
+    while (share < kShares) beside(share++);
     store_sums(c, ldc);
   }
 
@@ -92,41 +154,31 @@ struct SplitEngine {
     _tile_loadd(6, b + part * 2 * kTile, 64);
     _tile_loadd(7, b + (part * 2 + 1) * kTile, 64);
   }
-  static void add_products() {
+  static void add_tiles() {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
 
-  // Squares of 16 rows and 16 pairs of depths, `arrange`d as a tile wants them.
-  template <class Arrange>
-  static void for_squares(View<float> source, int64_t count, int64_t k, Packed* panel, const Arrange& arrange) {
+  static void pack(View<float> source, int64_t count, int64_t k, Packed* panel, bool by_row) {
     for (int64_t k0 = 0; k0 < k; k0 += 2 * W, panel += kParts * 2 * kTile)
       for (int64_t half = 0; half < 2; ++half) {
-        VecU parts[kParts][W];
-        for (int64_t i = 0; i < W; ++i) {
-          alignas(64) float copy[2 * W];
-          const float* row = depths(source.from_row(half * W + i), half * W + i < count, k0, k, copy);
-          split(row, &parts[0][i], &parts[1][i], &parts[2][i]);
-        }
-        for (int64_t part = 0; part < kParts; ++part) {
-          arrange(parts[part]);
-          for (int64_t i = 0; i < W; ++i) store(panel + (part * 2 + half) * kTile + i * W, parts[part][i]);
-        }
+        SplitSquare square;
+        square.load(source.from_row(half * W), count - half * W, k0, k, by_row);
+        for (int part = 0; part < kParts; ++part)
+          for (int64_t i = 0; i < W; ++i) store(panel + (part * 2 + half) * kTile + i * W, square.lanes[part][i]);
       }
-  }
-
-  // 32 depths of a row from k0 on, in `copy` where they do not lie there; zeros outside the operand.
-  static const float* depths(View<float> row, bool there, int64_t k0, int64_t k, float* copy) {
-    if (there && row.depth == 1 && k0 + 2 * W <= k) return row.data + k0;
-    for (int64_t j = 0; j < 2 * W; ++j) copy[j] = there && k0 + j < k ? row.data[(k0 + j) * row.depth] : 0;
-    return copy;
   }
 };
 
 }  // namespace
 
+// The tile form stays with the vector units: its panels, half as large again in three parts, come from the level-2
+// cache for every tile, and that is what it then waits for.
+void ghost_dot_on_tiles(const GhostDot& op, const Parallel& parallel) {
+  ghost_dot_with<SplitEngine, float, VectorEngine<float, 12, 2>>(op, parallel);
+}
 void linear_logprob_on_tiles(const LinearLogprob& op, const Parallel& parallel) {
   linear_logprob_with<SplitEngine, float>(op, parallel);
 }

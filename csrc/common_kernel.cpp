@@ -117,7 +117,10 @@ const Kernels& best_bf16() {
 
 Kernels best_float32() {
   Kernels kernels = best_vectors();
-  if (has_bf16_tiles()) kernels.linear_logprob = linear_logprob_on_tiles;
+  if (has_bf16_tiles()) {
+    kernels.ghost_dot = ghost_dot_on_tiles;
+    kernels.linear_logprob = linear_logprob_on_tiles;
+  }
   return kernels;
 }
 

@@ -96,13 +96,16 @@ void glu_jvp_with(const GluJvp& op, const Parallel& parallel) {
   parallel_for(parallel, op.n, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const T *gate = view<T>(op.gate).from_row(t).data, *up = view<T>(op.up).from_row(t).data;
-      const T *dgate = view<T>(op.dgate).from_row(t).data, *dup = view<T>(op.dup).from_row(t).data;
+      const T* dgate = view<T>(op.dgate).from_row(t).data;
+      const T* dup = op.dup.data ? view<T>(op.dup).from_row(t).data : nullptr;
       T *y = static_cast<T*>(op.y) + t * op.i, *dy = static_cast<T*>(op.dy) + t * op.i;
       for_vectors<T>(op.i, [&](int64_t c, const auto& read, const auto& write) {
         const V x = read(gate + c), u = read(up + c);
         const Activated<V> a = op.gelu ? gelu_tanh<S>(x) : silu<S>(x);
         write(y + c, a.value * u);
-        write(dy + c, a.slope * read(dgate + c) * u + a.value * read(dup + c));
+        V tangent = a.slope * read(dgate + c) * u;
+        if (dup) tangent += a.value * read(dup + c);
+        write(dy + c, tangent);
       });
     }
   });

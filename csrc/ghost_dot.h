@@ -27,8 +27,8 @@ inline double segment_sum(const double* rows, int64_t begin, int64_t end) {
 }
 
 // Each example takes the form that is cheaper for it alone, so that its bits do not depend on what it is batched with.
-// Directions that lie side by side have no rows to multiply by.
-template <class E, class T>
+// Directions that lie side by side have no rows to multiply by. The tile form may have an engine of its own.
+template <class E, class T, class Tile = E>
 void ghost_dot_with(const GhostDot& op, const Parallel& parallel) {
   using S = typename E::Accumulate;
   Buffer sums(op.k * op.b * sizeof(double)), rows(op.k * op.n * sizeof(double)), tiled(op.b * sizeof(int32_t));
@@ -44,7 +44,7 @@ void ghost_dot_with(const GhostDot& op, const Parallel& parallel) {
       for (int64_t panel = begin / E::MR; panel < ceil_div(end, E::MR); ++panel) wanted.as<bool>()[panel] = true;
     }
   }
-  if (count > 0) add_tile_dots<E, T>(op, parallel, tiled.as<int32_t>(), count, sums.as<double>());
+  if (count > 0) add_tile_dots<Tile, T>(op, parallel, tiled.as<int32_t>(), count, sums.as<double>());
   if (count < op.b) TokenDots<E, T>(op, parallel, wanted.as<bool>(), rows.as<double>()).run();
   S* out = static_cast<S*>(op.out);
   for (int64_t k = 0; k < op.k; ++k) {

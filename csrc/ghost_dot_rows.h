@@ -54,9 +54,12 @@ class LongRows {
   template <class Beside>
   void multiply(int64_t r, int64_t depth, const typename E::Packed* b, int64_t k, typename E::Accumulate* c,
                 const Beside& beside) {
-    for (int64_t share = 0; share < E::kShares; ++share) beside(share);
     next_.ask(2 * E::MR);
-    E::multiply(panel(r) + E::a_panel_size(depth), b, k, c, E::NR, false);
+    if constexpr (E::kShares == 1)
+      beside(0);  // before c is written; else a product of many shares calls it along the way
+    E::multiply(panel(r) + E::a_panel_size(depth), b, k, c, E::NR, false, [&](int64_t share) {
+      if constexpr (E::kShares > 1) beside(share);
+    });
   }
   void finish(typename E::Accumulate*) const {}
 

@@ -139,7 +139,7 @@ struct RmsNormJvp {
 
 struct GluJvp {
   DType dtype;
-  Matrix gate, up, dgate, dup;  // N x I
+  Matrix gate, up, dgate, dup;  // N x I; dup may be missing
   bool gelu;                    // tanh-approximated GELU instead of SiLU
   int64_t n, i;
   void *y, *dy;  // N x I
@@ -183,7 +183,9 @@ extern const Kernels kAvx2;        // AVX2 and FMA, all dtypes
 extern const Kernels kAvx512;      // AVX-512 F, BW, DQ and VL, all dtypes
 extern const Kernels kAvx512Bf16;  // AVX-512 BF16, bfloat16 only
 extern const Kernels kAmxBf16;     // AMX BF16, bfloat16 only
-void linear_logprob_on_tiles(const LinearLogprob&, const Parallel&);  // AMX BF16, float32 only
+// AMX BF16, float32 only.
+void ghost_dot_on_tiles(const GhostDot&, const Parallel&);
+void linear_logprob_on_tiles(const LinearLogprob&, const Parallel&);
 #endif
 
 // The fastest set that this CPU runs for `dtype`.

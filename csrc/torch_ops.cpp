@@ -280,15 +280,17 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprob_backward(const Tensor& grad_lo
 }
 
 std::tuple<Tensor, Tensor> glu_jvp(const Tensor& gate_in, const Tensor& up_in, const Tensor& dgate_in,
-                                   const Tensor& dup_in, bool gelu) {
+                                   const OptionalTensor& dup_in, bool gelu) {
   const int64_t n = gate_in.size(0), i = gate_in.size(1);
-  for (const auto& [name, x] : {std::pair("gate", &gate_in), {"up", &up_in}, {"dgate", &dgate_in}, {"dup", &dup_in}})
+  for (const auto& [name, x] : {std::pair("gate", &gate_in), {"up", &up_in}, {"dgate", &dgate_in}})
     check_like(*x, gate_in, {n, i}, name);
-  const Tensor gate = readable(gate_in), up = readable(up_in), dgate = readable(dgate_in), dup = readable(dup_in);
+  if (dup_in) check_like(*dup_in, gate_in, {n, i}, "dup");
+  const Tensor gate = readable(gate_in), up = readable(up_in), dgate = readable(dgate_in);
+  const OptionalTensor dup = dup_in ? OptionalTensor(readable(*dup_in)) : std::nullopt;
   Tensor y = empty({n, i}, gate.scalar_type()), dy = empty({n, i}, gate.scalar_type());
   const u2a::DType dtype = dtype_of(gate);
-  u2a::kernels_for(dtype).glu_jvp({dtype, matrix(gate), matrix(up), matrix(dgate), matrix(dup), gelu, n, i,
-                                   y.mutable_data_ptr(), dy.mutable_data_ptr()},
+  u2a::kernels_for(dtype).glu_jvp({dtype, matrix(gate), matrix(up), matrix(dgate), dup ? matrix(*dup) : u2a::Matrix{},
+                                   gelu, n, i, y.mutable_data_ptr(), dy.mutable_data_ptr()},
                                   torch_threads());
   return {y, dy};
 }

@@ -1,8 +1,8 @@
 """A gated linear unit and its tangent, one stretch of one row a program.
 
 Computes: y = f(gate) up, dy = f'(gate) dgate up + f(gate) dup; f is SiLU, or GELU by tanh.
-Shapes:   gate, up, dgate and dup (N, I) -> (N, I), (N, I).
-Cost:     six matrices of N I elements read or written once; bound by memory.
+Shapes:   gate, up, dgate and, if given, dup (N, I) -> (N, I), (N, I).
+Cost:     six matrices of N I elements read or written once, five without dup; bound by memory.
 Numerics: fp32, rounded once; sigmoids on both sides of 0 to full relative precision.
 """
 
@@ -44,7 +44,6 @@ def glu_jvp_kernel(
     b_x = tl.load(p_gate + i_n * s_gate + o_i, mask=m_i, other=0.0).to(tl.float32)
     b_u = tl.load(p_up + i_n * s_up + o_i, mask=m_i, other=0.0).to(tl.float32)
     b_dx = tl.load(p_dgate + i_n * s_dgate + o_i, mask=m_i, other=0.0).to(tl.float32)
-    b_du = tl.load(p_dup + i_n * s_dup + o_i, mask=m_i, other=0.0).to(tl.float32)
     b_z = b_x
     b_inner = b_x
     b_dinner = tl.full([BLOCK_I], 1.0, dtype=tl.float32)
@@ -60,20 +59,26 @@ def glu_jvp_kernel(
     b_value = b_x * b_there
     b_slope = b_there * (1 + b_z * b_back * b_dinner)
     tl.store(p_y + i_n * COLUMNS + o_i, (b_value * b_u).to(p_y.dtype.element_ty), mask=m_i)
-    tl.store(p_dy + i_n * COLUMNS + o_i, (b_slope * b_dx * b_u + b_value * b_du).to(p_dy.dtype.element_ty), mask=m_i)
+    b_dy = b_slope * b_dx * b_u
+    if p_dup is not None:
+        b_dy += b_value * tl.load(p_dup + i_n * s_dup + o_i, mask=m_i, other=0.0).to(tl.float32)
+    tl.store(p_dy + i_n * COLUMNS + o_i, b_dy.to(p_dy.dtype.element_ty), mask=m_i)
 
 
-def glu_jvp(gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
+def glu_jvp(
+    gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor | None = None, gelu: bool = False
+) -> tuple[Tensor, Tensor]:
     """A gated linear unit and its tangent; see ``reference.glu_jvp``."""
     if needs_reference(gate):
         return reference.glu_jvp(gate, up, dgate, dup, gelu)
-    gate, up, dgate, dup = (inner_contiguous(x) for x in (gate, up, dgate, dup))
+    gate, up, dgate = (inner_contiguous(x) for x in (gate, up, dgate))
+    dup = None if dup is None else inner_contiguous(dup)
     n, i = gate.shape
     config = CONFIGS[device_family(gate.device), gate.element_size()]
     y, dy = (torch.empty(n, i, dtype=gate.dtype, device=gate.device) for _ in range(2))
     launch(
         glu_jvp_kernel, (n * triton.cdiv(i, config.blocks["BLOCK_I"]),), config,
         p_gate=gate, p_up=up, p_dgate=dgate, p_dup=dup, p_y=y, p_dy=dy, s_gate=gate.stride(0), s_up=up.stride(0),
-        s_dgate=dgate.stride(0), s_dup=dup.stride(0), COLUMNS=i, GELU=gelu,
+        s_dgate=dgate.stride(0), s_dup=0 if dup is None else dup.stride(0), COLUMNS=i, GELU=gelu,
     )  # fmt: skip
     return y, dy

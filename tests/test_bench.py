@@ -174,7 +174,21 @@ def test_models_by_the_names_that_people_type() -> None:
     for name in ("llama-3.2-1b", "meta-llama/Llama-3.2-1B-Instruct", "unsloth/Llama-3.2-1B"):
         assert model_config(name).to_dict() == wanted
     assert [layer.sizes for layer in layers(model_config("gpt2"))][0] == {"I": 768, "O": 2304}, "fused, as it is built"
-    assert layers(model_config("gemma-2-2b-it"))[-2] == Layer({"D": 2304, "V": 256000}, {"softcap": 30.0})
+    attention = {"H": 8, "G": 4, "E": 256, "F": 256}
+    assert layers(model_config("gemma-2-2b-it"))[-3:] == [
+        Layer({"D": 2304, "V": 256000}, {"softcap": 30.0}),
+        Layer(attention, {"window": 4096, "softcap": 50.0}),
+        Layer(attention, {"window": 0, "softcap": 50.0}),
+    ]
+
+
+@pytest.mark.parametrize(("length", "window"), [(64, 32), (32, 0)])
+def test_a_window_is_timed_where_it_hides_something(length: int, window: int) -> None:
+    layer = Layer({"H": 2, "G": 1, "E": 8, "F": 8}, {"window": 32, "softcap": 5.0})
+    cases = sized(["attention"], [torch.float32], "cpu", model=[layer], lengths=(length,))
+    alone, shared = cases
+    assert (alone.parent, alone.window, alone.softcap) == (None, window, 5.0)
+    assert shared.parent is not None and shared.window == 32, "the answers of a prompt see both"
 
 
 # Running

@@ -177,7 +177,7 @@ def test_refusals_of_score(files, tmp_path):
         (["--rank", 4], "expected --mode lowrank or shortlist, or --top-k, with --rank, got 'auto'"),
         (["--mode", "layers", "--rank", 4], "or --top-k, with --rank, got 'layers'"),
         (["--mode", "lowrank", "--fraction", 0.1], "expected --mode layers or shortlist with --fraction, got"),
-        (["--top-k", 3, "--fraction", 0.1], "with --fraction, got 'auto'"),
+        (["--top-k", 3, "--fraction", 0.1], "with --fraction, got --top-k"),
         (["--top-k", 3, "--negatives", tmp_path / "empty.jsonl"], "got the empty source"),
         (["--mode", "shortlist", "--negatives", tmp_path / "absent.jsonl"], "no such file or folder"),
     ]:

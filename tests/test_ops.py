@@ -221,6 +221,18 @@ def test_head_of_extreme_values() -> None:
         assert not part[2].isfinite()
 
 
+def test_ghost_dot_of_extreme_values() -> None:
+    """The same for an activation: the other example, and the other direction, see nothing of an infinity."""
+    a = torch.tensor([[3.4e38, 1.0, -3.395e38], [1.0, 2.0, 3.0], [float("inf"), 1.0, 1.0]])
+    v = torch.tensor([[[2.0**-120, 3.0, 2.0**-121]], [[0.0, 0.5, 2.0**-122]]])
+    g, cu_seqlens = torch.tensor([[1.0], [-2.0], [4.0]]), torch.tensor([0, 2, 3], dtype=torch.int32)
+    for direction in v[:, None]:
+        got = ops.ghost_dot(a, g, cu_seqlens, direction)
+        want = ops.ghost_dot(a[:2].double(), g[:2].double(), cu_seqlens[:2], direction.double())
+        torch.testing.assert_close(got[:, :1].double(), want, rtol=1e-6, atol=1e-6)
+        assert not got[:, 1].isfinite()
+
+
 @pytest.mark.parametrize("view", [in_a_larger_one, transposed])
 @pytest.mark.parametrize("offset", [1, 3])
 @pytest.mark.parametrize("op", OPS)

@@ -129,6 +129,7 @@ def _call_elementwise(modules: dict[str, Any], dtype: torch.dtype, gelu: bool) -
     zeros = partial(torch.zeros, dtype=dtype)
     x, row = zeros(n, d), zeros(n, heads, e)
     modules["glu_jvp"].glu_jvp(x, x, x, x, gelu)
+    modules["glu_jvp"].glu_jvp(x, x, x, None, gelu)
     modules["rms_norm_jvp"].rms_norm_jvp(x, x, torch.zeros(d), torch.zeros(d))
     modules["rms_norm_jvp"].rms_norm_jvp(row.flatten(0, 1), row.flatten(0, 1), torch.zeros(e))
     modules["rotary"].rotary(row, zeros(n, e), zeros(n, e))

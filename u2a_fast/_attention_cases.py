@@ -57,19 +57,20 @@ def rows() -> Iterator[Row]:
 
 
 def timing_rows() -> Iterator[Row]:
-    """Timing rows: the short segments of typical negatives, a grouped head, long segments, a shared prompt."""
-    table: list[tuple[int, int, int, tuple[int, ...], dict[str, Any]]] = [
-        (8, 8, 32, (160,) * 8, {}),
-        (8, 2, 64, (160,) * 8, {}),
-        (4, 4, 64, (1024,), {}),
-        (2, 2, 128, (512,) * 2, {}),
-        (8, 2, 64, (128,) * 9, {"parent": (-1, *(0,) * 8)}),
+    """Timing rows: short segments as of negatives, grouped heads, long ones, a shared prompt, a window with a cap."""
+    table: list[tuple[int, int, int, int, tuple[int, ...], dict[str, Any]]] = [
+        (8, 8, 32, 1, (160,) * 8, {}),
+        (8, 2, 64, 1, (160,) * 8, {}),
+        (4, 4, 64, 1, (1024,), {}),
+        (2, 2, 128, 1, (512,) * 2, {}),
+        (8, 2, 64, 1, (128,) * 9, {"parent": (-1, *(0,) * 8)}),
+        (4, 2, 64, 4, (1024,), {"window": 256, "softcap": 50.0}),
     ]
-    for heads, groups, e, lengths, options in table:
+    for heads, groups, e, k, lengths, options in table:
         sizes = _sizes(heads, groups, e, e, lengths)
         yield "attention", sizes, {"lengths": lengths, **options}
         yield "attention_backward", sizes, {"lengths": lengths, **options}
-        yield "attention_jvp", {**sizes, "K": 1}, {"lengths": lengths, **options}
+        yield "attention_jvp", {**sizes, "K": k}, {"lengths": lengths, **options}
 
 
 def inputs(case: "Case", normal: Callable[..., Tensor]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def rows() -> Iterator[Row]:
     for n, width in ((0, 8), (1, 1), (5, 7), (3, 16), (7, 33), (33, 257), (2, 1100)):
         for gelu in (False, True):
             yield "glu_jvp", {"N": n, "I": width}, {"gelu": gelu}
+        yield "glu_jvp", {"N": n, "I": width}, {"tangents": ("h",)}
         for tangents in (("h", "weight"), ("h",)):
             yield "rms_norm_jvp", {"N": n, "D": width}, {"tangents": tangents}
     for gelu in (False, True):  # to where the sigmoid is 0 or 1
@@ -45,6 +46,7 @@ def timing_rows() -> Iterator[Row]:
     """Timing rows: the layers of small models at a batch of tokens, in cache and beyond it."""
     for n, d, width in ((1024, 256, 704), (2048, 1024, 2816)):
         yield "glu_jvp", {"N": n, "I": width}, {}
+        yield "glu_jvp", {"N": n, "I": width}, {"tangents": ("h",)}  # as a backward pass
         yield "rms_norm_jvp", {"N": n, "D": d}, {}
         yield "rotary", {"N": n, "H": d // 64, "E": 64}, {}
     yield "glu_jvp", {"N": 2048, "I": 2816}, {"gelu": True}
@@ -58,8 +60,9 @@ def inputs(case: "Case", normal: Callable[..., Tensor]) -> dict[str, Any]:
     """Arguments of ``case``; ``normal(*shape, std)`` draws from a normal distribution in the case's dtype."""
     shape = [case.sizes[c] for c in case.sizes]
     if case.op == "glu_jvp":
-        names = ("up", "dgate", "dup")
-        return {"gate": normal(*shape, std=case.scale), **{x: normal(*shape) for x in names}, "gelu": case.gelu}
+        gate, up, dgate = normal(*shape, std=case.scale), normal(*shape), normal(*shape)
+        dup = normal(*shape) if "weight" in case.tangents else None
+        return {"gate": gate, "up": up, "dgate": dgate, "dup": dup, "gelu": case.gelu}
     if case.op == "rotary":
         n, _, e = shape
         return {"x": normal(*shape), "cosine": normal(n, e), "sine": normal(n, e)}
@@ -93,7 +96,8 @@ def _glu_scales(wide: dict[str, Any], eps: float) -> tuple[Tensor, ...]:
     flushed = torch.finfo(torch.float32).tiny / eps
     value = x.abs() * (there * (1 + relative * back) + flushed)
     slope = there * (1 + relative * back + x.abs() * back * dinner * (1 + relative)) + flushed * (1 + x.abs() * dinner)
-    return value * up.abs(), slope * (dgate * up).abs() + value * dup.abs()
+    tangent = slope * (dgate * up).abs()
+    return value * up.abs(), tangent if dup is None else tangent + value * dup.abs()
 
 
 def _rms_norm_scales(wide: dict[str, Any], eps: float) -> tuple[Tensor, ...]:
@@ -120,7 +124,8 @@ def cost(case: "Case") -> tuple[int, int]:
     """Arithmetic, and bytes of every argument and result once."""
     elements = math.prod(case.sizes.values())
     element, accumulator = torch.finfo(case.dtype).bits // 8, torch.finfo(_accumulate_dtype(case)).bits // 8
-    moved = _MATRICES[case.op] * elements * element
+    fewer = case.op == "glu_jvp" and "weight" not in case.tangents
+    moved = (_MATRICES[case.op] - fewer) * elements * element
     if case.op == "rotary":
         moved += 2 * case.sizes["N"] * case.sizes["E"] * element
     if case.op == "rms_norm_jvp":

@@ -336,14 +336,18 @@ def linear_logprob_jvp(
     return c.gather(-1, target[:, None])[:, 0] - lse, lse, jvp
 
 
-def glu_jvp(gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
+def glu_jvp(
+    gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor | None = None, gelu: bool = False
+) -> tuple[Tensor, Tensor]:
     """y = f(gate) * up and its tangent f'(gate) dgate up + f(gate) dup; f is SiLU, or GELU by tanh.
 
+    With up and dgate exchanged for a gradient in y and up, and no dup, it is the gradients in up and gate.
+
     Shapes: all (N, I) -> (N, I), (N, I) in gate's dtype.
-    Cost: six matrices of N I elements read or written once.
+    Cost: six matrices of N I elements read or written once; five without dup.
     """
     acc = _accumulate_dtype(gate)
-    x, u, dx, du = (tensor.to(acc) for tensor in (gate, up, dgate, dup))
+    x, u, dx = (tensor.to(acc) for tensor in (gate, up, dgate))
     if gelu:
         z = x.clamp(-64, 64)  # there the slope is 0 or 1 to every digit, and further out the cube overflows
         inner = 2 * math.sqrt(2 / math.pi) * z * (1 + 0.044715 * z * z)  # (1 + tanh(z)) / 2 is sigmoid(2 z)
@@ -352,7 +356,10 @@ def glu_jvp(gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, gelu: bool = F
         z, inner, dinner = x, x, torch.ones_like(x)
     there, back = torch.sigmoid(inner), torch.sigmoid(-inner)  # 1 - there would cancel
     value, slope = x * there, there * (1 + z * back * dinner)
-    return (value * u).to(gate.dtype), (slope * dx * u + value * du).to(gate.dtype)
+    tangent = slope * dx * u
+    if dup is not None:
+        tangent = tangent + value * dup.to(acc)
+    return (value * u).to(gate.dtype), tangent.to(gate.dtype)
 
 
 def rms_norm_jvp(

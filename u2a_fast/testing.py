@@ -57,7 +57,8 @@ class Case:
         lengths: tokens of each example, for ops that take ``cu_seqlens``.
         bias: whether the head has a bias (and, for the JVP, a bias tangent).
         softcap: logit cap of the head, 0 for none.
-        tangents: which of "h" and "weight" have tangents (JVP) or get gradients (backward); for a norm, x and scale.
+        tangents: which of "h" and "weight" have tangents (JVP) or get gradients (backward); for a norm,
+            x and scale; for a gated unit, gate and up.
         scale: standard deviation of the logits, of the head or of attention, or of what a norm or gate takes in.
         parent: for attention, the segment that each segment continues, -1 for none; None: all -1.
         window: for attention, most keys that a query sees, 0 for all.
@@ -85,6 +86,7 @@ class Case:
         parts += [f"window{self.window}"] if self.window else []
         parts += ["bias"] if self.bias else []
         parts += ["gelu"] if self.gelu else []
+        parts += ["backward"] if self.op == "glu_jvp" and "weight" not in self.tangents else []
         parts += [f"cap{self.softcap:g}"] if self.softcap else []
         parts += [f"scale{self.scale:g}"] if self.scale != 1.0 else []
         if self.op in ("linear_logprob_backward", "linear_logprob_jvp", "rms_norm_jvp"):

@@ -1,5 +1,9 @@
-"""Attention over packed segments as one would write it in PyTorch: fused attention, segment by segment."""
+"""Attention over packed segments as one would write it in PyTorch, segment by segment.
 
+Fused where ``scaled_dot_product_attention`` knows the case, else the logits are made, as in transformers' eager form.
+"""
+
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +28,17 @@ def _sequence(x: Tensor, own: slice, prompt: slice | None) -> Tensor:
     return rows.transpose(0, 1)[None]
 
 
+def _eager(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    logits = scale * (query @ key.transpose(-1, -2))
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    past = torch.arange(query.shape[2])[:, None] - torch.arange(key.shape[2])
+    hidden = (past < 0) | (past >= (window or key.shape[2]))
+    logits = logits.masked_fill(hidden.to(logits.device), -torch.inf)
+    return torch.softmax(logits, -1, dtype=torch.float32).to(query.dtype) @ value
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -34,13 +49,14 @@ def attention(
     window: int = 0,
     softcap: float = 0.0,
 ) -> Tensor:
-    """Outputs (N, H, F) of ``ops.attention`` without window or softcap, which fused attention does not know."""
-    assert not window and not softcap, "the timing cases have neither"
-    parts = []
+    """Outputs (N, H, F) of ``ops.attention``."""
+    grouped, parts = q.shape[1] != k.shape[1], []
     for own, prompt in _segments(cu_seqlens, parent):
         query, key, value = (_sequence(x, own, prompt) for x in (q, k, v))
-        grouped = q.shape[1] != k.shape[1]
-        out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+        if window or softcap:
+            out = _eager(query, key, value, scale, window, softcap)
+        else:
+            out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
         parts.append(out[0].transpose(0, 1)[out.shape[2] - (own.stop - own.start) :])
     return torch.cat(parts)
 
@@ -56,8 +72,14 @@ def attention_backward(
 def attention_jvp(
     q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, cu_seqlens: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """Outputs and their first directional derivative, through the one of PyTorch's attentions that has forward mode."""
+    """Outputs and their K directional derivatives, by the one of PyTorch's attentions that has forward mode."""
+
+    def along(*tangents: Tensor) -> Any:
+        return torch.func.jvp(partial(attention, cu_seqlens=cu_seqlens, **options), (q, k, v), tangents)
+
     with sdpa_kernel(SDPBackend.MATH):
-        return torch.func.jvp(
-            lambda q, k, v: attention(q, k, v, cu_seqlens, **options), (q, k, v), (dq[0], dk[0], dv[0])
-        )[:2]
+        if len(dq) > 1:
+            outs, tangents = torch.func.vmap(along)(dq, dk, dv)
+            return outs[0], tangents
+        out, tangent = along(dq[0], dk[0], dv[0])
+        return out, tangent[None]

@@ -149,8 +149,12 @@ def _linear_logprob_jvp(
     return outputs[0], tangents[0]
 
 
-def _glu_jvp(gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+def _glu_jvp(gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor | None, gelu: bool) -> tuple[Tensor, Tensor]:
     activation = partial(functional.gelu, approximate="tanh") if gelu else functional.silu
+    if dup is None:  # `up` is the gradient in the unit of `gate` and `dgate`; autograd runs it forward, too
+        gate, dgate = (x.detach().requires_grad_() for x in (gate, dgate))
+        grad_up, grad_gate = torch.autograd.grad(activation(gate) * dgate, (dgate, gate), up)
+        return grad_up, grad_gate
     y, dy = torch.func.jvp(lambda gate, up: activation(gate) * up, (gate, up), (dgate, dup))[:2]
     return y, dy
 

@@ -60,7 +60,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-4B": _entry("qwen3", (2560, 9728, 36, 32, 8, 128, 151936)),
     "Qwen/Qwen3-8B": _entry("qwen3", (4096, 12288, 36, 32, 8, 128, 151936), tied=False),
     "mistralai/Mistral-7B-v0.1": _entry("mistral", (4096, 14336, 32, 32, 8, 128, 32000), tied=False),
-    "mistralai/Mistral-7B-v0.3": _entry("mistral", (4096, 14336, 32, 32, 8, 128, 32768), tied=False),
+    "mistralai/Mistral-7B-v0.3": _entry(
+        "mistral", (4096, 14336, 32, 32, 8, 128, 32768), tied=False, sliding_window=None
+    ),
     "google/gemma-2-2b": _entry("gemma2", (2304, 9216, 26, 8, 4, 256, 256000), **_GEMMA2),
     "google/gemma-2-9b": _entry("gemma2", (3584, 14336, 42, 16, 8, 256, 256000), **_GEMMA2),
     "google/gemma-3-270m": _entry("gemma3_text", (640, 2048, 18, 4, 1, 256, 262144)),
@@ -157,8 +159,17 @@ def layers(config: Any) -> list[Layer]:
     if isinstance(heads, int):
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
         groups = getattr(config, "num_key_value_heads", None) or heads
-        found.append(Layer({"H": heads, "G": groups, "E": size, "F": size}))
+        softcap = float(getattr(config, "attn_logit_softcapping", None) or 0)
+        for window in _windows(config):
+            found.append(Layer({"H": heads, "G": groups, "E": size, "F": size}, {"window": window, "softcap": softcap}))
     return found
+
+
+def _windows(config: Any) -> list[int]:
+    """The distinct sliding windows of a model's attention, 0 for none."""
+    window = getattr(config, "sliding_window", None) or 0
+    kinds = getattr(config, "layer_types", None) or ("sliding_attention",)
+    return list(dict.fromkeys(window if kind == "sliding_attention" else 0 for kind in kinds))
 
 
 def _linear_sizes(model: nn.Module, head: nn.Module | None) -> Iterator[tuple[int, int]]:

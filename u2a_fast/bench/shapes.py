@@ -34,11 +34,12 @@ def letters(op: str) -> tuple[str, ...]:
 
 
 def _variants(op: str) -> list[Case]:
-    """One timing case of each variant of ``op``: sizes, lengths and dtype apart, they differ."""
+    """One timing case of each variant of ``op``: they differ in more than sizes and what a model's layer sets."""
     found: dict[Case, Case] = {}
     for case in TIMING_CASES:
         if case.op == op:
             kind = replace(case, sizes={}, dtype=torch.float32, lengths=(), parent=case.parent and ())
+            kind = replace(kind, window=0, softcap=0.0)
             found.setdefault(kind, case)
     return list(found.values())
 
@@ -155,4 +156,6 @@ def _with_tokens(case: Case, tokens: int, lengths: tuple[int, ...]) -> Case:
         lengths = (each,) * whole + (rest,) * bool(rest)
     # A shared beginning stays one: the first segment is it, the others continue it.
     parent = case.parent and (-1, *(0,) * (len(lengths) - 1))
-    return replace(case, sizes={**sizes, "B": len(lengths)}, lengths=lengths, parent=parent)
+    longest = max(lengths) + (lengths[0] if parent else 0)
+    window = case.window if case.window < longest else 0  # one that hides nothing would be a case of the same work
+    return replace(case, sizes={**sizes, "B": len(lengths)}, lengths=lengths, parent=parent, window=window)

@@ -93,16 +93,16 @@ def score(context: typer.Context) -> None:
 
 def _check_options(p: Mapping[str, Any]) -> None:
     mode, by_top_k = repr(str(p["mode"])), p["top_k"] is not None
+    got = "--top-k" if by_top_k else mode
     if by_top_k and p["mode"] not in EXACT_MODES:
         raise ValueError(f"[score] expected --mode out of {list(EXACT_MODES)} with --top-k, got {mode}")
     for name, modes in USED_BY.items():
         if p[name] is not None and p["mode"] not in modes and not (by_top_k and name == "rank"):
             expected = f"--mode {' or '.join(modes)}{', or --top-k,' if name == 'rank' else ''}"
-            raise ValueError(f"[score] expected {expected} with --{name}, got {mode}")
+            raise ValueError(f"[score] expected {expected} with --{name}, got {got}")
     for name in ("per_token", "per_module"):
         if p[name] and (p["mode"] not in EXACT_MODES or by_top_k):
             option = f"--{name.replace('_', '-')}"
-            got = "--top-k" if by_top_k else mode
             raise ValueError(f"[score] expected --mode out of {list(EXACT_MODES)} with {option}, got {got}")
 
 

@@ -10,16 +10,19 @@ from u2a_fast._check import Shapes, check_dtypes
 __all__ = ["glu_jvp", "rms_norm_jvp", "rotary"]
 
 
-def glu_jvp(gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
+def glu_jvp(
+    gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor | None = None, gelu: bool = False
+) -> tuple[Tensor, Tensor]:
     """A gated linear unit f(gate) * up and its tangent f'(gate) dgate up + f(gate) dup in one pass over memory.
 
     f is SiLU (SwiGLU; Shazeer 2020, arXiv:2002.05202) or the tanh approximation of GELU (GeGLU). Not differentiable.
+    The backward pass of f(gate) * up is the same op: ``glu_jvp(gate, grad, up)`` gives the gradients in up and in gate.
 
     Args:
         gate: (N, I).
         up: (N, I).
         dgate: tangent of gate, (N, I).
-        dup: tangent of up, (N, I).
+        dup: tangent of up, (N, I), or None for zero.
         gelu: GELU by tanh instead of SiLU.
 
     Returns:
@@ -32,7 +35,8 @@ def glu_jvp(gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, gelu: bool = F
     shapes = Shapes("glu_jvp")
     named = [("gate", gate), ("up", up), ("dgate", dgate), ("dup", dup)]
     for name, x in named:
-        shapes.bind(name, x, "N I")
+        if x is not None:
+            shapes.bind(name, x, "N I")
     check_dtypes("glu_jvp", named)
     return torch.ops.u2a_fast.glu_jvp(gate, up, dgate, dup, gelu)
 
