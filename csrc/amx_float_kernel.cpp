@@ -177,7 +177,7 @@ struct SplitEngine {
 // The tile form stays with the vector units: its panels, half as large again in three parts, come from the level-2
 // cache for every tile, and that is what it then waits for.
 void ghost_dot_on_tiles(const GhostDot& op, const Parallel& parallel) {
-  ghost_dot_with<SplitEngine, float, VectorEngine<float, 12, 2>>(op, parallel);
+  ghost_dot_with<SplitEngine, float, Avx512FloatEngine>(op, parallel);
 }
 void linear_logprob_on_tiles(const LinearLogprob& op, const Parallel& parallel) {
   linear_logprob_with<SplitEngine, float>(op, parallel);

@@ -5,7 +5,7 @@ U2A_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #include "kernel_set.h"
 
 namespace u2a {
-const Kernels kAvx512 = kernel_set<VectorSet<VectorEngine<float, 12, 2>, VectorEngine<double, 8, 3>>>("AVX-512");
+const Kernels kAvx512 = kernel_set<VectorSet<Avx512FloatEngine, VectorEngine<double, 8, 3>>>("AVX-512");
 }
 U2A_TARGET_END
 #endif

@@ -155,6 +155,8 @@ struct VectorEngine {
   }
 };
 
+using Avx512FloatEngine = VectorEngine<float, 12, 2>;
+
 // Packed panels of all rows of an operand; pack_* may place them from row `first` (a multiple of the width) on.
 template <class E>
 class Panels {

@@ -55,11 +55,13 @@ class LongRows {
   void multiply(int64_t r, int64_t depth, const typename E::Packed* b, int64_t k, typename E::Accumulate* c,
                 const Beside& beside) {
     next_.ask(2 * E::MR);
-    if constexpr (E::kShares == 1)
-      beside(0);  // before c is written; else a product of many shares calls it along the way
-    E::multiply(panel(r) + E::a_panel_size(depth), b, k, c, E::NR, false, [&](int64_t share) {
-      if constexpr (E::kShares > 1) beside(share);
-    });
+    const auto* rows = panel(r) + E::a_panel_size(depth);
+    if constexpr (E::kShares == 1) {
+      beside(0);  // such a product writes c before it would call
+      E::multiply(rows, b, k, c, E::NR, false);
+    } else {
+      E::multiply(rows, b, k, c, E::NR, false, beside);
+    }
   }
   void finish(typename E::Accumulate*) const {}
 

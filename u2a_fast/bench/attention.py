@@ -33,9 +33,10 @@ def _eager(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int,
     logits = scale * (query @ key.transpose(-1, -2))
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    past = torch.arange(query.shape[2])[:, None] - torch.arange(key.shape[2])
+    token = torch.arange(key.shape[2], device=key.device)
+    past = token[:, None] - token
     hidden = (past < 0) | (past >= (window or key.shape[2]))
-    logits = logits.masked_fill(hidden.to(logits.device), -torch.inf)
+    logits = logits.masked_fill(hidden, -torch.inf)
     return torch.softmax(logits, -1, dtype=torch.float32).to(query.dtype) @ value
 
 
@@ -78,7 +79,7 @@ def attention_jvp(
         return torch.func.jvp(partial(attention, cu_seqlens=cu_seqlens, **options), (q, k, v), tangents)
 
     with sdpa_kernel(SDPBackend.MATH):
-        if len(dq) > 1:
+        if len(dq) > 1:  # for one direction a batch of them would only slow the yardstick down
             outs, tangents = torch.func.vmap(along)(dq, dk, dv)
             return outs[0], tangents
         out, tangent = along(dq[0], dk[0], dv[0])

@@ -38,8 +38,9 @@ def _variants(op: str) -> list[Case]:
     found: dict[Case, Case] = {}
     for case in TIMING_CASES:
         if case.op == op:
-            kind = replace(case, sizes={}, dtype=torch.float32, lengths=(), parent=case.parent and ())
-            kind = replace(kind, window=0, softcap=0.0)
+            kind = replace(
+                case, sizes={}, dtype=torch.float32, lengths=(), parent=case.parent and (), window=0, softcap=0.0
+            )
             found.setdefault(kind, case)
     return list(found.values())
 
