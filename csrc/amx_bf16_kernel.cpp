@@ -2,6 +2,7 @@
 #include "target.h"
 U2A_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,amx-tile,amx-bf16,avx512bf16")
 #define U2A_VECTOR_BYTES 64
+#define U2A_ROUNDS_BF16
 #include "bf16_pack.h"
 #include "kernel_set.h"
 #include "tiles.h"

@@ -50,7 +50,7 @@ struct PairSquare {
   static VecU widened(const BFloat16* p) {
     HalfVecU16 x;
     std::memcpy(&x, p, sizeof(x));
-    return __builtin_convertvector(x, VecU);
+    return zero_extended(x);
   }
   static uint32_t at(View<BFloat16> source, int64_t count, int64_t i, int64_t j, int64_t k) {
     return i < count && j < k ? source.data[i * source.row + j * source.depth].bits : 0u;
@@ -89,22 +89,21 @@ inline void add_even_and_odd(const BFloat16* g, const float* row, VecF* sum) {
   *sum += bits_as<VecF>(pairs & 0xffff0000u) * load(row + PairSquare::W);
 }
 
-inline VecU rounded(VecF x) {
-  return __builtin_convertvector(bits_as<HalfVecU16>(_mm512_cvtneps_pbh((__m512)x)), VecU);
-}
+// The W floats of `high` behind those of `low`, rounded.
+inline VecU rounded(VecF low, VecF high) { return bits_as<VecU>(_mm512_cvtne2ps_pbh((__m512)high, (__m512)low)); }
 
 // Rows 2 q and 2 q + 1 of `count` rows, `stride` apart, rounded and joined to pairs; a row beyond them is zero.
 inline VecU rounded_pairs(const float* rows, int64_t stride, int64_t q, int64_t count) {
   const float* even = rows + 2 * q * stride;
-  const VecU low = 2 * q < count ? rounded(load(even)) : VecU{};
-  const VecU high = 2 * q + 1 < count ? rounded(load(even + stride)) : VecU{};
-  return low | (high << 16);
+  const VecF low = 2 * q < count ? load(even) : VecF{};
+  const VecF high = 2 * q + 1 < count ? load(even + stride) : VecF{};
+  VecU order{};
+  for (uint32_t i = 0; i < kLanes<float>; ++i) order[i] = i | (i + kLanes<float>) << 16;
+  return bits_as<VecU>(_mm512_permutexvar_epi16((__m512i)order, (__m512i)rounded(low, high)));
 }
 
 // 2 W sums in order, rounded.
-inline VecU rounded_row(const float* row) {
-  return bits_as<VecU>(_mm512_cvtne2ps_pbh((__m512)load(row + kLanes<float>), (__m512)load(row)));
-}
+inline VecU rounded_row(const float* row) { return rounded(load(row), load(row + kLanes<float>)); }
 
 }  // namespace
 }  // namespace u2a

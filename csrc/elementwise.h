@@ -62,12 +62,14 @@ struct Activated {
   V value, slope;
 };
 
-// sigmoid(x) and sigmoid(-x), each to full relative precision: e^-|x| cannot overflow.
+// sigmoid(x) and sigmoid(-x), each to full relative precision; 0 and 1 where e^-x is no finite number.
 template <class S>
 inline void sigmoids(Vec<S> x, Vec<S>& there, Vec<S>& back) {
-  const Vec<S> e = exp_lanes(Vec<S>(x < 0 ? x : -x)), near = 1 / (1 + e), far = e * near;
-  there = x < 0 ? far : near;
-  back = x < 0 ? near : far;
+  constexpr S kLeast = sizeof(S) == sizeof(float) ? -86 : -708;
+  const auto shut = x < kLeast;
+  const Vec<S> e = exp_lanes(Vec<S>(shut ? splat(-kLeast) : -x)), inverse = reciprocal(Vec<S>(1 + e));
+  there = shut ? Vec<S>{} : inverse;
+  back = e * inverse;
 }
 
 template <class S>

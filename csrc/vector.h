@@ -83,12 +83,21 @@ inline Vec<S> splat(S x) {
 
 inline VecU splat_bits(uint32_t x) { return x - VecU{}; }
 
-inline VecF widen(HalfVecU16 x, BFloat16) { return bits_as<VecF>(__builtin_convertvector(x, VecU) << 16); }
+// GCC before 13 converts half a vector of 64 bytes at a time.
+inline VecU zero_extended(HalfVecU16 x) {
+#if U2A_VECTOR_BYTES == 64
+  return bits_as<VecU>(_mm512_cvtepu16_epi32((__m256i)x));
+#else
+  return __builtin_convertvector(x, VecU);
+#endif
+}
+
+inline VecF widen(HalfVecU16 x, BFloat16) { return bits_as<VecF>(zero_extended(x) << 16); }
 
 // Shifting a half into a float's place leaves an exponent that is 112 too small, which one exact product repairs for
 // subnormals too; infinities and NaNs need the float's largest exponent.
 inline VecF widen(HalfVecU16 x, Float16) {
-  const VecU wide = __builtin_convertvector(x, VecU);
+  const VecU wide = zero_extended(x);
   const VecU magnitude = (wide & 0x7fffu) << 13;
   const VecF scaled = bits_as<VecF>(magnitude) * 0x1p112f;
   const VecU special = magnitude | 0x7f800000u;
@@ -136,7 +145,12 @@ inline VecU round_to_bf16(VecF x) {
 }
 
 // W floats rounded to nearest even in a 16-bit type.
+#if defined(U2A_ROUNDS_BF16)
+// By one instruction, which takes subnormal numbers for 0.
+inline HalfVecU16 narrow(VecF x, BFloat16) { return bits_as<HalfVecU16>(_mm512_cvtneps_pbh((__m512)x)); }
+#else
 inline HalfVecU16 narrow(VecF x, BFloat16) { return __builtin_convertvector(round_to_bf16(x), HalfVecU16); }
+#endif
 inline HalfVecU16 narrow(VecF x, Float16) {
   const VecU bits = bits_as<VecU>(x), magnitude = bits & 0x7fffffffu;
   const VecU special = magnitude > 0x7f800000u ? splat_bits(0x7e00u) : splat_bits(0x7c00u);
@@ -173,68 +187,68 @@ inline void convert(float x, H* y) {
   y->bits = narrow(splat(x), H{})[0];
 }
 
-// Adds the upper half of the lanes to the lower until one is left.
-template <class S, int W>
-inline S fold(typename VectorOf<S, W>::type x) {
+// Joins the upper half of the lanes to the lower until one is left.
+template <class S, int W, class Join>
+inline S fold(typename VectorOf<S, W>::type x, const Join& join) {
   if constexpr (W == 1) {
     return x[0];
   } else {
     typename VectorOf<S, W / 2>::type half[2];
     std::memcpy(half, &x, sizeof(x));
-    return fold<S, W / 2>(half[0] + half[1]);
+    return fold<S, W / 2>(join(half[0], half[1]), join);
   }
 }
 
 template <class S>
 inline S sum_lanes(Vec<S> x) {
-  return fold<S, kLanes<S>>(x);
+  return fold<S, kLanes<S>>(x, [](auto low, auto high) { return low + high; });
 }
 
 template <class S>
 inline S max_lanes(Vec<S> x) {
-  S best = x[0];
-  for (int j = 1; j < kLanes<S>; ++j) best = larger(best, S(x[j]));
-  return best;
+  return fold<S, kLanes<S>>(x, [](auto low, auto high) { return decltype(low)(low < high ? high : low); });
 }
 
-// e^x to 1.5 units in the last place: x = n ln 2 + r, a Taylor polynomial in |r| <= ln 2 / 2, then n into the exponent.
-// Results below the smallest normal number are 0; NaN stays NaN; x is at most 88.
+// 1 / x to 1 unit in the last place, for x and 1 / x normal numbers: a step of Newton's on an estimate of 14 bits.
+#if U2A_VECTOR_BYTES == 64
+inline VecF reciprocal(VecF x) {
+  const VecF y = (VecF)_mm512_rcp14_ps((__m512)x);
+  return y + y * (1 - x * y);
+}
+#else
+inline VecF reciprocal(VecF x) { return 1 / x; }
+#endif
+inline Vec<double> reciprocal(Vec<double> x) { return 1 / x; }
+
+// 2^(n + r) for `shifted` = n + kShift and |r| <= 1/2: a polynomial in r, then n added to the exponent. The polynomial
+// is 1 at 0 and of least relative error (9e-8) among those of its degree, by linear programming.
+constexpr float kShift = 12582912.0f;  // whose sum with a number of less than 22 bits has that, rounded, as last bits
+inline VecF power_of_two(VecF shifted, VecF r) {
+  VecF p = r * 1.32647204e-3f + 9.67151302e-3f;
+  p = p * r + 5.55073378e-2f;
+  p = p * r + 2.40222421e-1f;
+  p = p * r + 6.93146978e-1f;
+  p = p * r + 1.0f;
+  return bits_as<VecF>(bits_as<VecI>(p) + (bits_as<VecI>(shifted) << 23));
+}
+
+// e^x to 2.5 units in the last place, for x up to 88: x = (n + r) ln 2. Results below 2^-125 are 0; NaN stays NaN.
 inline VecF exp_lanes(VecF x) {
-  constexpr float kLowest = -87.33654f, kShift = 12582912.0f;
-  const VecI underflow = x < kLowest;
-  x = underflow ? splat(kLowest) : x;
-  const VecF shifted = x * 1.44269504f + kShift;
-  const VecF n = shifted - kShift;
-  const VecF r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  VecF p = splat(1.0f / 5040);
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * (r * r) + r + 1.0f;
-  const VecI scale = (bits_as<VecI>(shifted) - bits_as<int32_t>(kShift) + 127) << 23;
-  return underflow ? VecF{} : p * bits_as<VecF>(scale);
+  constexpr float kLog2E = 1.44269504f, kLowest = -86.6434f;
+  const VecF shifted = x * kLog2E + kShift, n = shifted - kShift;
+  const VecF rest = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  const VecF power = power_of_two(shifted, rest * kLog2E);
+  return x < kLowest ? VecF{} : power;
 }
 inline Vec<double> exp_lanes(Vec<double> x) {
   for (int j = 0; j < kLanes<double>; ++j) x[j] = std::exp(x[j]);
   return x;
 }
 
-// 2^x to 2 units in the last place, for x up to 127: x = n + r, a polynomial in |r| <= 1/2, then n added to the
-// exponent. The polynomial is 1 at 0 and of least relative error (9e-8) among those of its degree, by linear
-// programming. Results below 2^-125 are 0; NaN stays NaN.
+// 2^x to 2.5 units in the last place, for x up to 127: x = n + r. Results below 2^-125 are 0; NaN stays NaN.
 inline VecF exp2_lanes(VecF x) {
-  constexpr float kShift = 12582912.0f;
-  const VecF shifted = x + kShift;
-  const VecF r = x - (shifted - kShift);
-  VecF p = r * 1.32647204e-3f + 9.67151302e-3f;
-  p = p * r + 5.55073378e-2f;
-  p = p * r + 2.40222421e-1f;
-  p = p * r + 6.93146978e-1f;
-  p = p * r + 1.0f;
-  const VecF scaled = bits_as<VecF>(bits_as<VecI>(p) + (bits_as<VecI>(shifted) << 23));
-  return x < -125.0f ? VecF{} : scaled;
+  const VecF shifted = x + kShift, power = power_of_two(shifted, x - (shifted - kShift));
+  return x < -125.0f ? VecF{} : power;
 }
 inline Vec<double> exp2_lanes(Vec<double> x) {
   for (int j = 0; j < kLanes<double>; ++j) x[j] = std::exp2(x[j]);

@@ -18,6 +18,7 @@ from u2a_fast.influence.lowrank import Approximation
 from u2a_fast.models.capture import Capture
 from u2a_fast.models.decoder import Decoder, Head, check_packing, check_reduction, reduce_tokens
 from u2a_fast.models.gated import short_gated_units
+from u2a_fast.models.heap import kept_heap
 from u2a_fast.models.lora import short_lora
 from u2a_fast.models.low_rank import LowRankHead
 from u2a_fast.models.memory import TokenBudget
@@ -205,6 +206,7 @@ class DerivativePass:
                 stack.enter_context(cast_parameters(self.model, self.dtype))
             for context in (evaluation_mode, short_lora, short_rms_norms, short_gated_units, short_rotaries):
                 stack.enter_context(context(self.model))
+            stack.enter_context(kept_heap())
             yield
 
     def batches(self, examples: Sequence[Example], token_budget: int) -> list[tuple[list[int], list[Example]]]:

@@ -22,6 +22,7 @@ from u2a_fast.influence.derivatives import (
 )
 from u2a_fast.models.decoder import Decoder, check_packing, check_reduction, probe_examples, reduce_tokens
 from u2a_fast.models.fused import fused_op, fused_tangents
+from u2a_fast.models.heap import kept_heap
 from u2a_fast.models.lora import short_lora
 from u2a_fast.models.memory import is_out_of_memory
 from u2a_fast.models.parameters import evaluation_mode, parameter_names
@@ -102,7 +103,7 @@ class ForwardPass:
     def running(self) -> Iterator[None]:
         """The model frozen, in evaluation mode and in ``dtype``: run batches inside this block."""
         cast = cast_parameters(self.model, self.dtype) if self.dtype is not None else nullcontext()
-        with cast, evaluation_mode(self.model), short_lora(self.model), fused_tangents(self.model):
+        with cast, evaluation_mode(self.model), short_lora(self.model), fused_tangents(self.model), kept_heap():
             yield
 
     def __call__(self, examples: Sequence[Example]) -> DerivativeBatch:

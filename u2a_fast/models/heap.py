@@ -1,0 +1,61 @@
+"""Freed memory kept by the process while a model is scored, as PyTorch keeps a GPU's.
+
+glibc hands large blocks, and the end of the heap, back to the system as they are freed. A pass over a batch frees and
+takes the same tens of megabytes for every layer, and each page then comes back through a fault and is cleared: a
+seventh of a float32 pass over a small model (benchmarks/LOG.md).
+"""
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any
+
+__all__ = ["kept_heap"]
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
+# The largest sizes that glibc comes to by itself as a program frees large blocks: where nothing is scored.
+_MAPPED = 32 << 20
+_TRIMMED = 2 * _MAPPED
+_NEVER = 2**31 - 1
+_OWN = "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "glibc.malloc."
+
+_lock = Lock()
+_inside = 0
+
+
+def _libc() -> Any:
+    """The C library, where it is glibc and nobody has told it what to keep."""
+    environment = " ".join((*os.environ, os.environ.get("GLIBC_TUNABLES", "")))
+    if sys.platform != "linux" or any(name in environment for name in _OWN):
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "gnu_get_libc_version") else None
+
+
+@contextmanager
+def kept_heap() -> Iterator[None]:
+    """Have glibc keep what is freed, up to 2 GiB, for the duration of the block; after it, hand it all back.
+
+    Blocks may overlap, in any threads. Nothing happens with another C library, nor where the environment says what
+    malloc is to keep (``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_THRESHOLD_``, ``GLIBC_TUNABLES``).
+    """
+    global _inside
+    libc = _libc()
+    if libc is None:
+        yield
+        return
+    with _lock:
+        _inside += 1
+        libc.mallopt(_MMAP_THRESHOLD, _MAPPED)
+        libc.mallopt(_TRIM_THRESHOLD, _NEVER)
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                libc.mallopt(_TRIM_THRESHOLD, _TRIMMED)
+                libc.malloc_trim(0)
