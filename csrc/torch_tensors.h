@@ -46,13 +46,15 @@ ScalarType accumulation_type(const Tensor& x) {
 }
 
 // torch::stable::new_empty looks its operator up by name at every call, which takes longer than some of the kernels.
+// Fails for want of memory only; u2a_fast/models/memory.py knows it by the text.
 Tensor empty(const std::vector<int64_t>& size, ScalarType dtype) {
   std::vector<int64_t> stride(size.size(), 1);
   for (size_t axis = size.size(); axis-- > 1;) stride[axis - 1] = stride[axis] * std::max<int64_t>(1, size[axis]);
   const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle tensor = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), stride.data(),
-                                                         type, aoti_torch_device_type_cpu(), 0, &tensor));
+  STD_TORCH_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), stride.data(), type,
+                                           aoti_torch_device_type_cpu(), 0, &tensor) == TORCH_SUCCESS,
+                  "no memory for the result of a u2a_fast kernel");
   return Tensor(tensor);
 }
 

@@ -18,12 +18,12 @@ __all__ = ["OutOfRoom", "Room", "TokenBudget", "describe", "is_out_of_memory"]
 T = TypeVar("T")
 
 # PyTorch has an error class for GPUs only; the others speak through the text of a RuntimeError. The stable ABI, by
-# which our C++ ops allocate, keeps of an error no more than which call failed.
+# which our C++ ops allocate (csrc/torch_tensors.h), keeps of an error no more than which call failed.
 _TEXTS = (
     "DefaultCPUAllocator",
     "std::bad_alloc",
     "CUBLAS_STATUS_ALLOC_FAILED",
-    'torch_call_dispatcher( "aten::new_empty"',
+    "no memory for the result of a u2a_fast kernel",
     'torch_call_dispatcher( "aten::contiguous"',
 )
 _NAMED = 5  # examples that a warning names
