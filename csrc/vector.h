@@ -220,9 +220,11 @@ inline VecF reciprocal(VecF x) { return 1 / x; }
 #endif
 inline Vec<double> reciprocal(Vec<double> x) { return 1 / x; }
 
+// The sum of this and a number of less than 22 bits has the number, rounded, as its last bits.
+constexpr float kShift = 12582912.0f;
+
 // 2^(n + r) for `shifted` = n + kShift and |r| <= 1/2: a polynomial in r, then n added to the exponent. The polynomial
 // is 1 at 0 and of least relative error (9e-8) among those of its degree, by linear programming.
-constexpr float kShift = 12582912.0f;  // whose sum with a number of less than 22 bits has that, rounded, as last bits
 inline VecF power_of_two(VecF shifted, VecF r) {
   VecF p = r * 1.32647204e-3f + 9.67151302e-3f;
   p = p * r + 5.55073378e-2f;

@@ -26,6 +26,12 @@ _lock = Lock()
 _inside = 0
 
 
+class _Mallinfo2(ctypes.Structure):
+    """``struct mallinfo2`` of malloc.h, in glibc from 2.33 on: ten sizes."""
+
+    _fields_ = [("others", ctypes.c_size_t * 8), ("free_bytes", ctypes.c_size_t), ("top", ctypes.c_size_t)]
+
+
 def _libc() -> Any:
     """The C library, where it is glibc and nobody has told it what to keep."""
     environment = " ".join((*os.environ, os.environ.get("GLIBC_TUNABLES", "")))
@@ -35,9 +41,19 @@ def _libc() -> Any:
     return libc if hasattr(libc, "gnu_get_libc_version") else None
 
 
+def _hand_back(libc: Any) -> None:
+    """Give free memory back where it is more than glibc keeps by itself: of less, short blocks would only fault."""
+    libc.mallopt(_TRIM_THRESHOLD, _TRIMMED)
+    if hasattr(libc, "mallinfo2"):
+        libc.mallinfo2.restype = _Mallinfo2
+        if libc.mallinfo2().free_bytes < _TRIMMED:
+            return
+    libc.malloc_trim(0)
+
+
 @contextmanager
 def kept_heap() -> Iterator[None]:
-    """Have glibc keep what is freed, up to 2 GiB, for the duration of the block; after it, hand it all back.
+    """Have glibc keep what is freed, up to 2 GiB, for the duration of the block; after it, hand back 64 MiB and more.
 
     Blocks may overlap, in any threads. Nothing happens with another C library, nor where the environment says what
     malloc is to keep (``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_THRESHOLD_``, ``GLIBC_TUNABLES``).
@@ -57,5 +73,4 @@ def kept_heap() -> Iterator[None]:
         with _lock:
             _inside -= 1
             if not _inside:
-                libc.mallopt(_TRIM_THRESHOLD, _TRIMMED)
-                libc.malloc_trim(0)
+                _hand_back(libc)
