@@ -6,6 +6,7 @@ seventh of a float32 pass over a small model (benchmarks/LOG.md).
 """
 
 import ctypes
+import mmap
 import os
 import sys
 from collections.abc import Iterator
@@ -24,12 +25,7 @@ _OWN = "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "glibc.malloc."
 
 _lock = Lock()
 _inside = 0
-
-
-class _Mallinfo2(ctypes.Structure):
-    """``struct mallinfo2`` of malloc.h, in glibc from 2.33 on: ten sizes."""
-
-    _fields_ = [("others", ctypes.c_size_t * 8), ("free_bytes", ctypes.c_size_t), ("top", ctypes.c_size_t)]
+_before = 0
 
 
 def _libc() -> Any:
@@ -41,36 +37,39 @@ def _libc() -> Any:
     return libc if hasattr(libc, "gnu_get_libc_version") else None
 
 
-def _hand_back(libc: Any) -> None:
-    """Give free memory back where it is more than glibc keeps by itself: of less, short blocks would only fault."""
-    libc.mallopt(_TRIM_THRESHOLD, _TRIMMED)
-    if hasattr(libc, "mallinfo2"):
-        libc.mallinfo2.restype = _Mallinfo2
-        if libc.mallinfo2().free_bytes < _TRIMMED:
-            return
-    libc.malloc_trim(0)
+def _resident() -> int:
+    """Bytes of the process in memory. What malloc counts as free may be gone long since: it keeps the addresses."""
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * mmap.PAGESIZE
 
 
 @contextmanager
 def kept_heap() -> Iterator[None]:
-    """Have glibc keep what is freed, up to 2 GiB, for the duration of the block; after it, hand back 64 MiB and more.
+    """Have glibc keep what is freed, up to 2 GiB, for the duration of the block.
+
+    After it, what is free goes back to the system if the process has grown by more than the 64 MiB that glibc keeps by
+    itself: after less, the next short block would only fault it in anew.
 
     Blocks may overlap, in any threads. Nothing happens with another C library, nor where the environment says what
     malloc is to keep (``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_THRESHOLD_``, ``GLIBC_TUNABLES``).
     """
-    global _inside
+    global _inside, _before
     libc = _libc()
     if libc is None:
         yield
         return
     with _lock:
+        if not _inside:
+            _before = _resident()
+            libc.mallopt(_MMAP_THRESHOLD, _MAPPED)
+            libc.mallopt(_TRIM_THRESHOLD, _NEVER)
         _inside += 1
-        libc.mallopt(_MMAP_THRESHOLD, _MAPPED)
-        libc.mallopt(_TRIM_THRESHOLD, _NEVER)
     try:
         yield
     finally:
         with _lock:
             _inside -= 1
             if not _inside:
-                _hand_back(libc)
+                libc.mallopt(_TRIM_THRESHOLD, _TRIMMED)
+                if _resident() - _before > _TRIMMED:
+                    libc.malloc_trim(0)
