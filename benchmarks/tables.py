@@ -370,6 +370,9 @@ def _peer_goals(rows: list[Row], least: float = 1.15) -> str:
         if half := found.get("u2a_fast-forward_bf16"):
             what = f"`{workload}`: exact u2a_fast, float32 over bfloat16"
             lines.append(_goal(what, _median_units(best) / _median_units(half), 3))
+            what = f"`{workload}`: relative error of that bfloat16 (of the norm)"
+            lines.append(_goal(what, half["norm_error"], 0.01, at_most=True))
+            lines.append(_goal(f"`{workload}`: its Spearman", half["spearman"]["all"], 0.999))
     return _grid(GOAL_HEADER, lines)
 
 

@@ -121,6 +121,23 @@ def test_auto_says_what_it_picked_and_why() -> None:
         make_pass(model, [v], mode="forward")
 
 
+def test_auto_takes_the_other_route_or_gives_both_reasons() -> None:
+    batch, model = tiny.examples(4), tiny.build("llama")
+    projection = model.model.layers[1].mlp.up_proj
+    projection.register_forward_hook(lambda module, args, out: 2 * out)
+    v = tiny.direction(model)
+    choice = make_pass(model, [v, v])[1]
+    assert choice.mode == "forward" and "[capture]" in choice.reason
+    with tiny.true_float64(), torch.enable_grad():
+        want = tiny.per_example(model, batch, v)
+        for got in u2a_fast.directional_derivatives(model, batch, [v, v]):
+            assert (got - want).abs().max() <= 1e-10 * want.abs().max()
+    model.model.layers[1].mlp.act_fn = nn.Sequential(model.model.layers[1].mlp.act_fn, _Opaque())
+    for directions in ([v], [v, v]):
+        with pytest.raises(NotImplementedError, match=r"(?s)(\[capture\].*forward mode|forward mode.*\[capture\])"):
+            make_pass(model, directions)
+
+
 def test_forward_and_reverse_agree_in_half_precision() -> None:
     model, batch = tiny.build("qwen3").to(torch.float32), tiny.examples(24)
     v = tiny.direction(model)

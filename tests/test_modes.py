@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import u2a_fast
+from u2a_fast.bench.rows import read_rows
 from u2a_fast.influence import checks, lowrank, modes
 from u2a_fast.influence.derivatives import DerivativePass
 from u2a_fast.influence.layers import choose_layers
-from u2a_fast.influence.ranks import Profile, RankPlan, exact_units, plan_ranks
+from u2a_fast.influence.ranks import CPU_UNITS, Profile, RankPlan, exact_units, plan_ranks
 from u2a_fast.influence.topk import best, certify, recall_of_shortlist
 from u2a_fast.store import Journal, read_scores, score_to_parquet, write_scores
 from u2a_fast.store import journal as journal_module
@@ -186,6 +187,17 @@ def test_topk_plans_its_ranks_or_scores_all() -> None:
     assert scorer("gpt2").topk(rows[:20], 3).report.note  # too few to plan for
 
 
+def test_topk_scores_all_exactly_where_the_model_runs_forward_only() -> None:
+    rows = negatives(300)
+    model = tiny.build("llama")
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, out: 2 * out)
+    objective = u2a_fast.SFT([{"example": e} for e in tiny.examples(6, 5)])
+    hooked = u2a_fast.InfluenceScorer(model, None, objective, parameters="all")
+    found, exact = hooked.topk(rows, 3), hooked.score(rows)
+    assert found.id.tolist() == exact.id[best(exact.score, 3)].tolist()
+    assert found.report.route == "forward" and "no bound: [capture]" in found.report.note
+
+
 def test_topk_refuses() -> None:
     with pytest.raises(ValueError, match="k of at least 1"):
         scorer().topk(negatives(2), 0)
@@ -194,6 +206,16 @@ def test_topk_refuses() -> None:
     for options in ({"mode": "fast"}, {"fraction": 0.0}, {"rank": 0}):
         with pytest.raises(ValueError, match="expected a"):
             scorer(**options)
+
+
+def test_units_of_an_exact_score_are_those_measured() -> None:
+    """The constants of the rank plan are within a tenth of the committed rows that they quote."""
+    rows = [row for row in read_rows(Path(__file__).parents[1] / "benchmarks" / "results") if row["device"] == "cpu"]
+    units = [row["units"] for row in rows if row["benchmark"] == "routes" and row["case"] in ("hh", "llama")]
+    assert units
+    for route, constant in CPU_UNITS.items():
+        for found in units:
+            assert abs(found[f"{route} fp32"] / constant - 1) < 0.1
 
 
 def test_ranks_go_where_the_bound_falls_most() -> None:
@@ -318,7 +340,7 @@ class Ranking:
 
     def __init__(self, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.how, self.batches, self.most, self.told, self.stop = how, 0, 0, [], None
-        run_batches, profiles = modes.run_batches, modes._profiles
+        run_batches, profiles = modes.run_batches, modes.profile_ranks
 
         def counted(*arguments):
             for i, found in enumerate(run_batches(*arguments)):
@@ -334,7 +356,7 @@ class Ranking:
             return RankPlan(uneven, 3.5 if how == "exact top k" else 2.5, 0.1)
 
         monkeypatch.setattr(modes, "run_batches", counted)
-        monkeypatch.setattr(modes, "_profiles", profiled)
+        monkeypatch.setattr(modes, "profile_ranks", profiled)
         monkeypatch.setattr(modes, "plan_ranks", planned)
         monkeypatch.setattr(checks, "FLOAT32_SHARE", 4)  # a sample of more than one window
 

@@ -51,7 +51,7 @@ def selftest(context: typer.Context) -> None:
 
 
 def _line(check: Check) -> str:
-    start = f"{check.status:8}{check.route:8} {check.dtype:9}"
+    start = f"{check.status:8}{check.route:12} {check.dtype:9}"
     if check.relative_error is None:
         return f"{start} {check.detail}"
     ranking = "" if check.spearman is None else f", Spearman {check.spearman:.5f}"

@@ -19,7 +19,7 @@ from u2a_fast.influence.derivatives import Approximate, DerivativeBatch, Derivat
 from u2a_fast.influence.layers import choose_layers, keep_layers
 from u2a_fast.influence.lowrank import truncate
 from u2a_fast.influence.profiles import profile_ranks
-from u2a_fast.influence.ranks import Profile, RankPlan, exact_units, plan_ranks
+from u2a_fast.influence.ranks import RankPlan, exact_units, plan_ranks
 from u2a_fast.influence.routes import Choice, Pass, preflight, run_batches, run_parts
 from u2a_fast.influence.scores import Scores, ScoringReport
 from u2a_fast.influence.shares import EXACT_MODES, check_shares, score_with_shares
@@ -314,7 +314,7 @@ def topk(run: Run, k: int, *, rank: int | None, certified: bool) -> Scores:
     planned = plan(run, k) if certified and rank is None else None
     if planned is not None and not planned.pays:
         rows = run.evaluate(run.exact()[0])
-        note = "the bound would leave too many to rescore: all were scored exactly"
+        note = f"{planned.note}; all were scored exactly"
         report = ScoringReport("topk", n, rescored=n, **_route(run.exact()[1]), certified=True, note=note)
         found = run.scores(rows, np.ones(n, dtype=bool), report, best(rows.score, k))
         return ranked(run, found, run.exact()[0], rows, np.arange(n))
@@ -382,19 +382,19 @@ def plan(run: Run, k: int) -> RankPlan:
 
 def _plan(run: Run, k: int) -> RankPlan:
     n, (passes, choice) = len(run.items), run.exact()
-    exact = exact_units(choice.mode, passes.decoder.device.type)
+    everything = RankPlan({}, exact := exact_units(choice.mode, passes.decoder.device.type), 1.0, exact)
     if n < NO_PLAN * PLAN_SAMPLE or k >= n:
-        return RankPlan({}, exact, 1.0, exact)
+        return everything
+    try:
+        bounding = run.make(None)
+    except NotImplementedError as error:  # bounds are of gradients: a model may run forward only
+        return replace(everything, note=f"no bound: {error}")
     positions = np.sort(np.random.default_rng(0).choice(n, PLAN_SAMPLE, replace=False))
     rows = run.evaluate(passes, positions, "sample")
     slope = run.slope(torch.from_numpy(rows.nll), positions).abs().numpy()
-    profiles, profiled = _profiles(run, positions, slope)
+    profiles, profiled = profile_ranks(bounding, [run.items[int(i)] for i in positions], slope, run.budget)
     known = profiled & rows.fits
     if not known.any():
-        return RankPlan({}, exact, 1.0, exact)
+        return everything
     shown = {name: replace(profile, bounds=profile.bounds[:, known]) for name, profile in profiles.items()}
     return plan_ranks(shown, rows.score[known], k / n, exact)
-
-
-def _profiles(run: Run, positions: np.ndarray, slope: np.ndarray) -> tuple[dict[str, Profile], np.ndarray]:
-    return profile_ranks(run.make(None), [run.items[int(i)] for i in positions], slope, run.budget)

@@ -1,6 +1,6 @@
 """Which way to the derivatives: forward or reverse, by model and number of directions, with the reason."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -88,23 +88,29 @@ def make_pass(
     names = [name for direction in directions for name in direction]
     low_rank = bool(names) and all("lora_" in name for name in names)
     adapter = "; LoRA's own directions: about 2 units by either route" if low_rank else ""
-    if mode == "reverse":
-        return DerivativePass(model, directions, reduction=reduction, dtype=dtype), Choice(mode, "asked for")
+    routes: dict[str, Callable[..., Pass]] = {
+        "forward": partial(ForwardPass, model, directions, reduction=reduction, dtype=dtype),
+        "reverse": partial(DerivativePass, model, directions, reduction=reduction, dtype=dtype),
+    }
     if mode == "lowrank":
         approximate = partial(truncate, ranks=check_rank(rank))
-        passes = DerivativePass(model, directions, reduction=reduction, dtype=dtype, approximate=approximate)
-        return passes, Choice(mode, f"asked for: rank {rank}")
-    if mode == "forward":
-        return ForwardPass(model, directions, reduction=reduction, dtype=dtype), Choice(mode, "asked for")
-    if count != 1:
-        reason = f"{count} directions share one backward pass{adapter}" if count else "no direction"
+        return routes["reverse"](approximate=approximate), Choice(mode, f"asked for: rank {rank}")
+    if mode in routes:
+        return routes[mode](), Choice(mode, "asked for")
+    if count == 1:
+        first, other = "forward", "reverse"
+        reason = f"one direction: no activations kept, shared prompts run once{adapter}"
     else:
-        try:
-            forward = ForwardPass(model, directions, reduction=reduction, dtype=dtype)
-            return forward, Choice("forward", f"one direction: no activations kept, shared prompts run once{adapter}")
-        except NotImplementedError as error:
-            reason = str(error)
-    return DerivativePass(model, directions, reduction=reduction, dtype=dtype), Choice("reverse", reason)
+        first, other = "reverse", "forward"
+        reason = f"{count} directions share one backward pass{adapter}" if count else "no direction"
+    try:
+        return routes[first](), Choice(first, reason)
+    except NotImplementedError as error:
+        refused = str(error)
+    try:
+        return routes[other](), Choice(other, refused)
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{error} ({first} route: {refused})") from None
 
 
 def run_batches(
@@ -184,8 +190,9 @@ def directional_derivatives(
             names meaning zero; or a list of K of them, which share the passes through the model.
         reduction: NLL_i in nats is the ``"mean"`` or the ``"sum"`` over example i's scored tokens.
         mode: ``"forward"`` (tangents beside values, nothing kept, shared prompts once), ``"reverse"`` (forward,
-            activation-only backward, one contraction a layer), or ``"auto"``: forward for one direction where the model
-            allows it, else reverse. ``"lowrank"`` is approximate: reverse, every matrix of the direction truncated.
+            activation-only backward, one contraction a layer), or ``"auto"``: forward for one direction, reverse for
+            more, and the other where the model does not allow that. ``"lowrank"`` is approximate: reverse, every
+            matrix of the direction truncated.
         rank: singular vectors that ``"lowrank"`` keeps of a matrix.
         token_budget: most tokens a batch (an example longer than that goes alone); None: 2048 on CPU, 16384 on CUDA.
             Where batches of that size do not fit in memory it is halved until they do, with a warning; a

@@ -23,7 +23,7 @@ __all__ = ["BOUNDS", "Check", "SelftestReport", "random_examples", "selftest"]
 # Above them something other than rounding is at work. Usual values are a tenth of them or less.
 BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 RANKED = 8  # examples from which on a rank correlation says something
-_ROUTES = ("forward", "reverse")
+_ROUTES = ("forward", "reverse", "reverse x 2")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Check:
     """One route in one precision.
 
     Attributes:
-        route: ``"forward"`` or ``"reverse"``.
+        route: ``"forward"``, ``"reverse"``, or ``"reverse x 2"``: two directions in one pass, by other kernels:
+            that direction and every other parameter of it.
         dtype: precision of the passes, by name.
         status: ``"ok"``, ``"fail"`` (the error exceeds the bound) or ``"skipped"`` (the route is not for this model).
         relative_error: ||found - exact|| / ||exact|| over the examples; None where skipped.
@@ -125,15 +126,20 @@ def selftest(
 
 
 def random_examples(decoder: Decoder, count: int, seed: int = 0) -> list[Example]:
-    """Random tokens, 16 to 64 of them where the model's positions allow it, the second half scored."""
+    """Random tokens, 16 to 64 of them where the model's positions allow it; about half is a prompt that two share."""
     generator = torch.Generator().manual_seed(seed)
     longest = min(64, getattr(decoder.config, "max_position_embeddings", None) or 64)
     out: list[Example] = []
     for _ in range(count):
         length = int(torch.randint(longest // 4, longest + 1, (), generator=generator))
         ids = torch.randint(decoder.config.vocab_size, (length,), generator=generator)
+        if len(out) % 2:
+            prompt = out[-1]["input_ids"][: len(out[-1]["input_ids"]) // 2]
+            ids = torch.cat([prompt, ids[length // 2 :]])
+        else:
+            prompt = ids[: length // 2]
         labels = ids.clone()
-        labels[: length // 2] = IGNORE_INDEX
+        labels[: len(prompt)] = IGNORE_INDEX
         out.append({"input_ids": ids, "labels": labels})
     return out
 
@@ -177,8 +183,14 @@ def _free_memory(device: torch.device) -> int | None:
 
 
 def _exact(model: nn.Module, examples: Sequence[Example], direction: Direction) -> Tensor:
-    """<v, grad NLL_i> by autograd in float64, the model's own forward pass on one example at a time, (B)."""
+    """<v, grad NLL_i> of v and of every other parameter of it, (2, B), by autograd in float64.
+
+    The model's own forward pass runs, on one example at a time.
+    """
     exact: Any = dequantize(copy.deepcopy(model)).double()
+    for module in exact.modules():
+        if hasattr(module, "set_experts_implementation"):  # PyTorch's grouped products are not for float64
+            module.set_experts_implementation("eager")
     named = dict(exact.named_parameters())
     wanted = [named[name] for name in direction]
     out = []
@@ -189,8 +201,9 @@ def _exact(model: nn.Module, examples: Sequence[Example], direction: Direction) 
             nll = nn.functional.cross_entropy(logits.double(), labels[1:].long(), ignore_index=IGNORE_INDEX)
             grads = torch.autograd.grad(nll, wanted, allow_unused=True)
             pairs = zip(grads, direction.values(), strict=True)
-            out.append(sum((g * v.double()).sum().item() for g, v in pairs if g is not None))
-    return torch.tensor(out, dtype=torch.float64)
+            parts = [0.0 if g is None else (g * v.double()).sum().item() for g, v in pairs]
+            out.append((sum(parts), sum(parts[::2])))
+    return torch.tensor(out, dtype=torch.float64).T
 
 
 def _check(
@@ -204,13 +217,17 @@ def _check(
 ) -> Check:
     # quantized layers round to a dtype of their own, float64 aside
     rounded = {dtype} if dtype == torch.float64 else {dtype} | compute_dtypes(model)
+    every_other = {name: v for i, (name, v) in enumerate(direction.items()) if i % 2 == 0}
+    mode, *two = route.split(maxsplit=1)
+    directions = [direction, every_other] if two else [direction]
     name, bound = str(dtype).removeprefix("torch."), max(BOUNDS[each] for each in rounded)
     try:
         found = directional_derivatives(
-            model, examples, direction, mode=route, dtype=dtype, token_budget=token_budget
+            model, examples, directions, mode=mode, dtype=dtype, token_budget=token_budget
         ).to("cpu", torch.float64)
     except NotImplementedError as error:
         return Check(route, name, "skipped", None, bound, detail=str(error))
+    exact = exact[: len(directions)]
     relative = float((found - exact).norm() / exact.norm())
-    ranking = spearman(found.numpy(), exact.numpy()) if len(examples) >= RANKED else None
+    ranking = spearman(found[0].numpy(), exact[0].numpy()) if len(examples) >= RANKED else None
     return Check(route, name, "ok" if relative <= bound else "fail", relative, bound, ranking)
