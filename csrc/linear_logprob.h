@@ -63,7 +63,7 @@ struct Softmax {
     }
     const double before = max;
     max = larger(max, double(max_lanes<S>(high)));
-    const S shift = S(max);
+    const S shift = max == -INFINITY ? S(0) : S(max);  // no word so far is possible
     Vec<S> total{};
     for (int64_t c = 0; c < columns; c += W) {
       const Vec<S> e = exp_lanes(Vec<S>(load(z + c) - shift));

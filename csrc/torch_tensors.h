@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
+#include <new>
 #include <optional>
 #include <vector>
 
@@ -20,7 +22,16 @@ using OptionalTensor = std::optional<Tensor>;
 const u2a::Parallel& torch_threads() {
   static thread_local u2a::Parallel parallel;
   parallel.run = [](int64_t count, void* context, u2a::Parallel::Body body) {
-    torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+    // The stable ABI passes on of an exception no more than that parallel_for failed.
+    std::atomic<bool> no_memory{false};
+    torch::stable::parallel_for(0, count, 1, [&no_memory, context, body](int64_t begin, int64_t end) {
+      try {
+        body(context, begin, end);
+      } catch (const std::bad_alloc&) {
+        no_memory = true;
+      }
+    });
+    if (no_memory) throw std::bad_alloc();
   };
   parallel.threads = static_cast<int>(torch::stable::get_num_threads());
   return parallel;

@@ -240,7 +240,7 @@ inline VecF exp_lanes(VecF x) {
   const VecF shifted = x * kLog2E + kShift, n = shifted - kShift;
   const VecF rest = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   const VecF power = power_of_two(shifted, rest * kLog2E);
-  return x < kLowest ? VecF{} : power;
+  return x >= kLowest ? power : x < kLowest ? VecF{} : x;
 }
 inline Vec<double> exp_lanes(Vec<double> x) {
   for (int j = 0; j < kLanes<double>; ++j) x[j] = std::exp(x[j]);
@@ -250,7 +250,7 @@ inline Vec<double> exp_lanes(Vec<double> x) {
 // 2^x to 2.5 units in the last place, for x up to 127: x = n + r. Results below 2^-125 are 0; NaN stays NaN.
 inline VecF exp2_lanes(VecF x) {
   const VecF shifted = x + kShift, power = power_of_two(shifted, x - (shifted - kShift));
-  return x < -125.0f ? VecF{} : power;
+  return x >= -125.0f ? power : x < -125.0f ? VecF{} : x;
 }
 inline Vec<double> exp2_lanes(Vec<double> x) {
   for (int j = 0; j < kLanes<double>; ++j) x[j] = std::exp2(x[j]);

@@ -67,3 +67,28 @@ def test_freed_memory_is_kept_inside_and_handed_back_after(layout: str) -> None:
 def test_a_decision_of_the_environment_stands() -> None:
     inside, *_ = _shares(MALLOC_TRIM_THRESHOLD_="0")
     assert inside > 4  # of 8
+
+
+FORKED = """
+import os, signal, threading, time
+from u2a_fast.models import heap
+
+def held():
+    with heap._lock:
+        time.sleep(0.3)
+thread = threading.Thread(target=held)
+thread.start()
+time.sleep(0.1)
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    with heap.kept_heap():
+        os._exit(0)
+thread.join()
+print(os.waitpid(child, 0)[1])
+"""
+
+
+@FOR_GLIBC
+def test_a_fork_beside_a_pass_does_not_hang() -> None:
+    assert subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, check=True).stdout == "0\n"

@@ -457,6 +457,7 @@ torch.set_num_threads(1)
 wide, cos = torch.zeros(1 << 18, 2, 64), torch.zeros(1 << 18, 64)
 turned = torch.zeros(128, 1 << 18).T
 tall, one, ids = torch.zeros(1 << 22, 1), torch.zeros(1, 1), torch.zeros(1 << 22, dtype=torch.int64)
+long, offsets = torch.zeros(1 << 18, 1, 64), torch.tensor([0, 1 << 18], dtype=torch.int32)
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + (96 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -464,6 +465,7 @@ for what, call in {
     "result": lambda: ops.rotary(wide, cos, cos),
     "copy": lambda: ops.glu_jvp(turned, turned, turned),
     "workspace": lambda: ops.linear_logprob(tall, one, ids),
+    "share": lambda: ops.attention(long, long, long, offsets, window=4),
 }.items():
     try:
         call()
@@ -480,6 +482,7 @@ def test_what_a_kernel_says_where_there_is_no_memory():
         ["result", "True"],
         ["copy", "True"],
         ["workspace", "True"],
+        ["share", "True"],
     ], done.stdout
 
 

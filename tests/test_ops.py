@@ -1,5 +1,6 @@
 """Every op against its float64 reference over the case table, and what the table cannot say: views, bits, errors."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -219,6 +220,28 @@ def test_head_of_extreme_values() -> None:
     for part, exact in zip(got, want, strict=True):
         torch.testing.assert_close(part[:2].double(), exact, rtol=1e-6, atol=1e-6)
         assert not part[2].isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_words_that_a_bias_forbids_may_fill_a_tile(dtype: torch.dtype) -> None:
+    h, weight, bias = torch.randn(4, 32, dtype=dtype), torch.randn(600, 32, dtype=dtype), torch.zeros(600, dtype=dtype)
+    bias[:300] = -math.inf
+    target = torch.full((4,), 500)
+    got = ops.linear_logprob(h, weight, target, bias)[0].double()
+    exact = torch.log_softmax(h.double() @ weight.double().T + bias.double(), -1)[:, 500]
+    torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-5)
+    assert exact.isfinite().all()
+
+
+def test_a_nan_of_any_bits_is_not_hidden_by_an_exponential() -> None:
+    """Payloads whose low bits would reach the exponent."""
+    for bits in (0x7FC00001, 0x7FC000FF, 0x7FC00180, 0x7F800101, -1):
+        nan = torch.tensor([bits], dtype=torch.int32).view(torch.float32)[0]
+        q, bias = torch.randn(8, 1, 64), torch.zeros(300)
+        q[3], bias[7] = nan, nan
+        out = ops.attention(q, torch.randn(8, 1, 64), torch.randn(8, 1, 64), torch.tensor([0, 8], dtype=torch.int32))[0]
+        assert out[3].isnan().all() and out[:3].isfinite().all()
+        assert ops.linear_logprob(torch.randn(4, 32), torch.randn(300, 32), torch.arange(4), bias)[0].isnan().all()
 
 
 def test_ghost_dot_of_extreme_values() -> None:

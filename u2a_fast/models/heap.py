@@ -26,6 +26,8 @@ _OWN = "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "glibc.malloc."
 _lock = Lock()
 _inside = 0
 _before = 0
+if hasattr(os, "register_at_fork"):  # a child must not find it taken by a thread that it does not have
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 def _libc() -> Any:
@@ -39,8 +41,11 @@ def _libc() -> Any:
 
 def _resident() -> int:
     """Bytes of the process in memory. What malloc counts as free may be gone long since: it keeps the addresses."""
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * mmap.PAGESIZE
+    try:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * mmap.PAGESIZE
+    except OSError:  # no /proc, or no file may be opened: scoring goes on
+        return 0
 
 
 @contextmanager
