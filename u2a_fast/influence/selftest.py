@@ -23,7 +23,7 @@ __all__ = ["BOUNDS", "Check", "SelftestReport", "random_examples", "selftest"]
 # Above them something other than rounding is at work. Usual values are a tenth of them or less.
 BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 RANKED = 8  # examples from which on a rank correlation says something
-_ROUTES = ("forward", "reverse", "reverse x 2")
+_ROUTES = {"forward": ("forward", 1), "reverse": ("reverse", 1), "reverse x 2": ("reverse", 2)}  # mode, directions
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,10 @@ def selftest(
     items = list(examples[:count]) if examples is not None else random_examples(decoder, count, seed)
     tokens = sum(decoder.pack(items).scored)
     direction = _random_direction(model, names, seed)
-    exact = _exact(model, items, direction)
+    directions = [direction, dict(list(direction.items())[::2])]
+    exact = _exact(model, items, directions)
     checks = tuple(
-        _check(model, items, direction, exact, route, dtype, token_budget) for dtype in dtypes for route in _ROUTES
+        _check(model, items, directions, exact, route, dtype, token_budget) for dtype in dtypes for route in _ROUTES
     )
     return SelftestReport(
         type(decoder.lm).__name__, len(items), tokens, sum(v.numel() for v in direction.values()), checks
@@ -182,11 +183,12 @@ def _free_memory(device: torch.device) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def _exact(model: nn.Module, examples: Sequence[Example], direction: Direction) -> Tensor:
-    """<v, grad NLL_i> of v and of every other parameter of it, (2, B), by autograd in float64.
+def _exact(model: nn.Module, examples: Sequence[Example], directions: Sequence[Direction]) -> Tensor:
+    """<v_k, grad NLL_i> of a direction and parts of it, (K, B), by autograd in float64.
 
     The model's own forward pass runs, on one example at a time.
     """
+    direction = directions[0]
     exact: Any = dequantize(copy.deepcopy(model)).double()
     for module in exact.modules():
         if hasattr(module, "set_experts_implementation"):  # PyTorch's grouped products are not for float64
@@ -200,16 +202,16 @@ def _exact(model: nn.Module, examples: Sequence[Example], direction: Direction) 
             logits = exact(input_ids=ids[None], use_cache=False).logits[0, :-1]
             nll = nn.functional.cross_entropy(logits.double(), labels[1:].long(), ignore_index=IGNORE_INDEX)
             grads = torch.autograd.grad(nll, wanted, allow_unused=True)
-            pairs = zip(grads, direction.values(), strict=True)
-            parts = [0.0 if g is None else (g * v.double()).sum().item() for g, v in pairs]
-            out.append((sum(parts), sum(parts[::2])))
+            found = zip(direction.items(), grads, strict=True)
+            parts = {name: 0.0 if g is None else (g * v.double()).sum().item() for (name, v), g in found}
+            out.append([sum(parts[name] for name in part) for part in directions])
     return torch.tensor(out, dtype=torch.float64).T
 
 
 def _check(
     model: nn.Module,
     examples: Sequence[Example],
-    direction: Direction,
+    directions: Sequence[Direction],
     exact: Tensor,
     route: str,
     dtype: torch.dtype,
@@ -217,17 +219,15 @@ def _check(
 ) -> Check:
     # quantized layers round to a dtype of their own, float64 aside
     rounded = {dtype} if dtype == torch.float64 else {dtype} | compute_dtypes(model)
-    every_other = {name: v for i, (name, v) in enumerate(direction.items()) if i % 2 == 0}
-    mode, *two = route.split(maxsplit=1)
-    directions = [direction, every_other] if two else [direction]
+    mode, count = _ROUTES[route]
     name, bound = str(dtype).removeprefix("torch."), max(BOUNDS[each] for each in rounded)
     try:
         found = directional_derivatives(
-            model, examples, directions, mode=mode, dtype=dtype, token_budget=token_budget
+            model, examples, directions[:count], mode=mode, dtype=dtype, token_budget=token_budget
         ).to("cpu", torch.float64)
     except NotImplementedError as error:
         return Check(route, name, "skipped", None, bound, detail=str(error))
-    exact = exact[: len(directions)]
+    exact = exact[:count]
     relative = float((found - exact).norm() / exact.norm())
     ranking = spearman(found[0].numpy(), exact[0].numpy()) if len(examples) >= RANKED else None
     return Check(route, name, "ok" if relative <= bound else "fail", relative, bound, ranking)
